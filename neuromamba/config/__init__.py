@@ -1,0 +1,48 @@
+"""The configuration of a run, shared by the workflow and the command line."""
+
+from neuromamba.config.load import build_config, load_config, merge, save_config
+from neuromamba.config.schema import (
+    Classification,
+    Compute,
+    Config,
+    Dataset,
+    Evaluate,
+    FilePatterns,
+    Finetune,
+    Model,
+    NeuroMamba,
+    Optimiser,
+    Participants,
+    Pretrain,
+    Regression,
+    Rois,
+    Splits,
+    Target,
+    Tokens,
+    Volumes,
+)
+
+__all__ = [
+    "Classification",
+    "Compute",
+    "Config",
+    "Dataset",
+    "Evaluate",
+    "FilePatterns",
+    "Finetune",
+    "Model",
+    "NeuroMamba",
+    "Optimiser",
+    "Participants",
+    "Pretrain",
+    "Regression",
+    "Rois",
+    "Splits",
+    "Target",
+    "Tokens",
+    "Volumes",
+    "build_config",
+    "load_config",
+    "merge",
+    "save_config",
+]

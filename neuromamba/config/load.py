@@ -1,0 +1,189 @@
+"""Read, merge and check the YAML files of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from neuromamba.config.schema import Config
+from neuromamba.files import InputError, write_text
+
+PER_MODEL = ("pretrain", "finetune")
+"""Sections that stand in `config.yaml` for all models, and that a model's own file may change."""
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Read one YAML file that holds a mapping; `InputError` names the file and the line."""
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold `key: value` lines, not a {type(value).__name__}")
+    return value
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change` on top; mappings merge, everything else is replaced."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def load_config(paths: Sequence[Path | str], settings: Sequence[str] = ()) -> Config:
+    """Read a run's YAML files, later ones on top, then `key.key=value` settings on top of those.
+
+    Names under `datasets` and `models` are looked up in the folders `datasets/` and `models/`
+    beside the first file.
+
+    Raises
+    ------
+    InputError
+        Naming the file, the key, the value and what would be right.
+    """
+    raw: dict[str, Any] = {}
+    for path in paths:
+        raw = merge(raw, read_yaml(path))
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        changes = merge(changes, _parse_setting(setting))
+    source = " + ".join(str(path) for path in paths)
+    return build_config(raw, Path(paths[0]).parent, source, changes)
+
+
+def build_config(
+    raw: Mapping[str, Any],
+    folder: Path | str,
+    source: str,
+    changes: Mapping[str, Any] | None = None,
+) -> Config:
+    """Check a merged mapping, with `changes` from the command line above everything else.
+
+    `folder` holds `datasets/` and `models/`; `source` names the files in error messages.
+    """
+    changes = dict(changes or {})
+    for_models = {key: changes.pop(key) for key in PER_MODEL if key in changes}
+    raw = dict(raw)
+    for kind in ("datasets", "models"):
+        if isinstance(changes.get(kind), list):
+            raw[kind] = changes.pop(kind)
+    files: dict[tuple[str, ...], str] = {}
+    for kind in ("datasets", "models"):
+        raw[kind] = _resolve_names(raw.get(kind), kind, Path(folder), source, files)
+    shared = {key: raw.pop(key) for key in PER_MODEL if key in raw}
+    raw["models"] = {
+        name: merge(merge(shared, model), for_models) if isinstance(model, Mapping) else model
+        for name, model in raw["models"].items()
+    }
+    raw = merge(raw, changes)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(_explain(error, source, files)) from None
+
+
+def save_config(path: Path | str, config: Config) -> None:
+    """Write the whole checked config as YAML that `load_config` reads back to the same value."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise InputError(f"setting {setting!r} must have the form key.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"the value in setting {setting!r} is not valid YAML: {error}") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _resolve_names(
+    value: Any, kind: str, folder: Path, source: str, files: dict[tuple[str, ...], str]
+) -> dict[str, Any]:
+    """Turn `[demo]` into `{"demo": contents of datasets/demo.yaml}`; a mapping stays as it is."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"{source}: {kind} must be a list of names, like `{kind}: [demo]`")
+    found = {}
+    for name in value:
+        path = folder / kind / f"{name}.yaml"
+        if not path.exists():
+            known = sorted(file.stem for file in (folder / kind).glob("*.yaml"))
+            raise InputError(
+                f"{source}: {kind}: {name!r} has no file {path}; there are: {', '.join(known)}"
+            )
+        found[name] = read_yaml(path)
+        files[(kind, name)] = str(path)
+    return found
+
+
+def _explain(error: ValidationError, source: str, files: Mapping[tuple[str, ...], str]) -> str:
+    lines = []
+    for problem in error.errors():
+        place = [str(part) for part in problem["loc"]]
+        if place[0] == "datasets" and place[2:3] == ["targets"]:
+            del place[4:5]  # the name of the union's member, which is no key of the file
+        file = files.get(tuple(place[:2]))
+        keys = place[2:] if file else place
+        lines.append(f"{file or source}: {_explain_one(problem, place, keys)}")
+    return "\n".join(lines)
+
+
+def _explain_one(problem: Any, place: list[str], keys: list[str]) -> str:
+    key = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(place[:-1])
+        return f"unknown key {key!r}; known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = "" if isinstance(value, (Mapping, BaseModel)) else f" (is {value!r})"
+    return f"{key}{shown}: {message}" if key else message
+
+
+def _known_keys(place: Sequence[str]) -> list[str]:
+    """The fields of the section at `place`, found by walking the schema's JSON form."""
+    schema = Config.model_json_schema()
+    nodes = [schema]
+    for part in place:
+        nodes = [child for node in nodes for child in _children(schema, node, part)]
+    nodes = [_follow(schema, node) for node in nodes]
+    nodes += [_follow(schema, option) for node in nodes for option in node.get("oneOf", [])]
+    keys = {key for node in nodes for key in node.get("properties", {})}
+    if not place:
+        keys |= set(PER_MODEL)
+    return sorted(keys)
+
+
+def _follow(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    reference = node.get("$ref")
+    return schema["$defs"][reference.rsplit("/", 1)[1]] if reference else node
+
+
+def _children(schema: dict[str, Any], node: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    node = _follow(schema, node)
+    options = node.get("anyOf", []) + node.get("oneOf", [])
+    if options:
+        return [child for option in options for child in _children(schema, option, part)]
+    named = node.get("properties", {}).get(part)
+    other = node.get("additionalProperties") or next(
+        iter(node.get("patternProperties", {}).values()), None
+    )
+    child = named or other
+    return [child] if isinstance(child, dict) else []

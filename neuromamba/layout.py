@@ -1,0 +1,51 @@
+"""Where every result lies. The workflow's rules name the same paths with wildcards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of one dataset's results under `results/{dataset}`."""
+
+    results: Path
+    dataset: str
+
+    @property
+    def root(self) -> Path:
+        return self.results / self.dataset
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index.tsv"
+
+    @property
+    def excluded(self) -> Path:
+        return self.root / "excluded.tsv"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def split(self) -> Path:
+        return self.root / "splits" / "holdout.tsv"
+
+    def manifest(self, stage: str, batch: int) -> Path:
+        """The list of the runs that a batch job of `stage` made or left out."""
+        return self.root / stage / f"batch-{batch}.tsv"
+
+    def array(self, stage: str, run: str) -> Path:
+        """The Zarr store of one run: `stage` is `volumes`, `tokens` or `rois`."""
+        return self.root / stage / f"{run}.zarr"
+
+    def pretrain(self, model: str, seed: int) -> Path:
+        return self.root / model / f"seed-{seed}" / "pretrain"
+
+    def finetune(self, model: str, seed: int, target: str) -> Path:
+        return self.root / model / f"seed-{seed}" / "finetune" / target
+
+    def evaluate(self, model: str, seed: int, target: str) -> Path:
+        return self.root / model / f"seed-{seed}" / "evaluate" / target

@@ -1,0 +1,25 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """A folder of real scans; tests that need it are skipped where there is none."""
+    folder = Path(os.environ.get("NEUROMAMBA_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "MANIFEST.tsv").exists():
+        pytest.skip(f"no real scans at {folder} (set NEUROMAMBA_TEST_DATA to a folder of them)")
+    return folder
