@@ -76,7 +76,7 @@ def build_config(
     for_models = {key: changes.pop(key) for key in PER_MODEL if key in changes}
     raw = dict(raw)
     for kind in ("datasets", "models"):
-        if isinstance(changes.get(kind), list):
+        if kind in changes and not isinstance(changes[kind], Mapping):
             raw[kind] = changes.pop(kind)
     files: dict[tuple[str, ...], str] = {}
     for kind in ("datasets", "models"):
@@ -117,6 +117,8 @@ def _resolve_names(
     """Turn `[demo]` into `{"demo": contents of datasets/demo.yaml}`; a mapping stays as it is."""
     if isinstance(value, Mapping):
         return dict(value)
+    if value is None:
+        raise InputError(f"{source}: key {kind!r} is missing; give a list of names")
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise InputError(f"{source}: {kind} must be a list of names, like `{kind}: [demo]`")
     found = {}
@@ -136,7 +138,7 @@ def _explain(error: ValidationError, source: str, files: Mapping[tuple[str, ...]
     lines = []
     for problem in error.errors():
         place = [str(part) for part in problem["loc"]]
-        if place[0] == "datasets" and place[2:3] == ["targets"]:
+        if place[:1] == ["datasets"] and place[2:3] == ["targets"]:
             del place[4:5]  # the name of the union's member, which is no key of the file
         file = files.get(tuple(place[:2]))
         keys = place[2:] if file else place

@@ -187,6 +187,7 @@ class NeuroMamba(Section):
     bands: PositiveInt = 10
     volumes: PositiveInt = 20
     normalization: Literal["global", "voxel"] = "global"
+    checkpoint_blocks: bool = False
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
 

@@ -1,0 +1,44 @@
+# Both commands set up all that they need in .venv; Python 3.11 or newer, make and a compiler suffice.
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= 2
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test test-fast lint format clean
+.DELETE_ON_ERROR:
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+demo: $(INSTALLED) ## synthetic subjects through the whole workflow, to a report
+	$(BIN)/neuromamba demo-data data/demo
+	$(BIN)/snakemake --cores $(CORES) --configfile config/demo.yaml all
+	@$(BIN)/neuromamba summary --config config/config.yaml config/demo.yaml
+
+test: lint ## all tests, the linters and the type checker
+	$(BIN)/pytest
+
+test-fast: $(INSTALLED) ## the tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+lint: $(INSTALLED) ## style, types, import layers and workflow format
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## rewrite the files in the project's style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/snakefmt Snakefile workflow
+
+clean: ## remove the demo's data and all results, not the environment
+	rm -rf data/demo results .snakemake logs
+
+$(INSTALLED): pyproject.toml envs/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --constraint envs/constraints.txt --editable '.[workflow,dev]'
+	@touch $@

@@ -1,0 +1,149 @@
+"""The configuration: what ships is valid and complete, and mistakes are explained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from neuromamba.config import Config, NeuroMamba, build_config, load_config, save_config
+from neuromamba.files import InputError
+
+SHIPPED = ["demo", "fmriprep", "hcp", "ukb", "abcd", "adhd200", "abide"]
+
+
+@pytest.fixture
+def base(root: Path) -> Path:
+    return root / "config" / "config.yaml"
+
+
+def problem(base: Path, *settings: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config([base], settings)
+    return str(caught.value)
+
+
+def test_importing_the_config_imports_no_torch():
+    code = "import neuromamba.config, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("dataset", SHIPPED)
+def test_every_shipped_dataset_is_valid(base: Path, dataset: str):
+    config = load_config([base], [f"datasets=[{dataset}]"])
+    assert list(config.datasets) == [dataset]
+
+
+def test_no_shipped_dataset_is_forgotten(root: Path):
+    assert sorted(SHIPPED) == sorted(p.stem for p in (root / "config/datasets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", ["neuromamba-tiny", "neuromamba-small", "neuromamba-base"])
+def test_every_shipped_model_is_valid(base: Path, model: str):
+    config = load_config([base], [f"models=[{model}]"])
+    assert config.models[model].family == "neuromamba"
+
+
+def test_the_demo_is_valid(root: Path, base: Path):
+    config = load_config([base, root / "config" / "demo.yaml"])
+    assert list(config.datasets) == ["demo"]
+    assert config.volumes.shape == (48, 48, 48)
+
+
+def test_config_yaml_names_every_key_with_its_default(base: Path):
+    """The file is the reference of the settings, so it must not drift from the schema."""
+    written = yaml.safe_load(base.read_text())
+    config = Config.model_json_schema()
+    assert set(written) == set(config["properties"]) | {"pretrain", "finetune"}
+    defaults = {name: NeuroMamba(family="neuromamba").model_dump(mode="json")[name]
+                for name in ("pretrain", "finetune")}  # fmt: skip
+    whole = load_config([base]).model_dump(mode="json")
+    for section, values in written.items():
+        if isinstance(values, dict):
+            assert values == defaults.get(section, whole.get(section)), section
+            fresh = defaults.get(section) or type(getattr(load_config([base]), section))()
+            assert values == (fresh if isinstance(fresh, dict) else fresh.model_dump(mode="json"))
+
+
+def test_the_small_model_names_every_key(root: Path):
+    written = yaml.safe_load((root / "config/models/neuromamba-small.yaml").read_text())
+    assert set(written) == set(NeuroMamba.model_fields) - {"pretrain", "finetune"}
+    assert NeuroMamba(**written) == NeuroMamba(family="neuromamba")
+
+
+def test_a_config_cannot_be_changed(base: Path):
+    with pytest.raises(ValidationError):
+        load_config([base]).volumes.voxel_size = 3.0  # type: ignore[misc]
+
+
+def test_an_unknown_key_is_named_with_its_neighbours(base: Path):
+    message = problem(base, "volumes.voxelsize=3")
+    assert "unknown key 'volumes.voxelsize'" in message
+    assert "voxel_size" in message
+    assert str(base) in message
+
+
+def test_an_unknown_key_in_a_dataset_file_names_that_file(tmp_path: Path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "mine.yaml").write_text("derivative: data\n")
+    (tmp_path / "run.yaml").write_text(
+        "datasets: [mine]\nmodels: {m: {family: neuromamba}}\n",
+    )
+    with pytest.raises(InputError) as caught:
+        load_config([tmp_path / "run.yaml"])
+    message = str(caught.value)
+    assert f"{tmp_path / 'datasets' / 'mine.yaml'}: unknown key 'derivative'" in message
+    assert "key 'derivatives' is missing" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("volumes.shape=[96, 96, 95]", "tokens.patch (6) must divide"),
+        ("splits.test=0.95", "leave subjects to train on"),
+        ("pretrain.steps=0", "greater than 0"),
+        ("models=[neuromamba-huge]", "there are: neuromamba-base"),
+        ("datasets=[nothing]", "there are: abcd"),
+        ("datasets=demo", "must be a list of names"),
+        ("models.neuromamba-small.head_dim=48", "must be a multiple of head_dim (48)"),
+        ("models.neuromamba-small.volumes=21", "must be a multiple of tokens.time_patch"),
+        ("results", "must have the form key.key=value"),
+        ("finetune.mode=ful", "'full' or 'head'"),
+    ],
+)
+def test_a_wrong_value_is_explained(base: Path, setting: str, words: str):
+    assert words in problem(base, setting)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1, 2\n")
+    with pytest.raises(InputError, match=r"broken\.yaml is not valid YAML"):
+        load_config([path])
+    path.write_text("- a\n")
+    with pytest.raises(InputError, match="must hold `key: value` lines"):
+        load_config([path])
+    with pytest.raises(InputError, match="does not exist"):
+        load_config([tmp_path / "absent.yaml"])
+
+
+def test_layers_of_settings(base: Path):
+    """Shared section < the model's own file < the command line."""
+    shared = {"pretrain": {"steps": 5, "batch_size": 7}}
+    model = {"family": "neuromamba", "pretrain": {"steps": 6}}
+    raw = {"datasets": {"d": {"derivatives": "x"}}, "models": {"m": model}, **shared}
+    pretrain = build_config(raw, "config", "test").models["m"].pretrain
+    assert (pretrain.steps, pretrain.batch_size) == (6, 7)
+    changes = {"pretrain": {"steps": 8}}
+    pretrain = build_config(raw, "config", "test", changes).models["m"].pretrain
+    assert (pretrain.steps, pretrain.batch_size) == (8, 7)
+
+
+def test_a_saved_config_reads_back_the_same(root: Path, base: Path, tmp_path: Path):
+    config = load_config([base, root / "config" / "demo.yaml"], ["finetune.steps=3"])
+    save_config(tmp_path / "config.yaml", config)
+    assert load_config([tmp_path / "config.yaml"]) == config

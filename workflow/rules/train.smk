@@ -1,0 +1,67 @@
+# The output of a training rule is its last file alone: Snakemake deletes the outputs of a job that
+# fails, and the checkpoints beside it must survive for the job to continue where it stopped.
+
+
+rule pretrain_model:
+    """Train a model without labels on the training subjects."""
+    input:
+        split=rules.split_dataset.output.split,
+        tokens=all_batches("tokens"),
+    output:
+        f"{MODEL}/pretrain/model.json",
+    log:
+        f"logs/{MODEL}/pretrain.log",
+    benchmark:
+        f"logs/{MODEL}/pretrain.benchmark.tsv"
+    threads: 8
+    params:
+        model=of_model(drop=["finetune"]),
+    shell:
+        "neuromamba pretrain --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
+        " --dataset {wildcards.dataset} --model {wildcards.model} --seed {wildcards.seed}"
+        " --on-change restart 2>&1 | tee {log}"
+
+
+rule finetune_model:
+    """Train a pretrained model, or a head on it, to predict one target."""
+    input:
+        pretrained=rules.pretrain_model.output,
+        split=rules.split_dataset.output.split,
+    output:
+        f"{MODEL}/finetune/{{target}}/model.json",
+    log:
+        f"logs/{MODEL}/finetune/{{target}}.log",
+    benchmark:
+        f"logs/{MODEL}/finetune/{{target}}.benchmark.tsv"
+    threads: 8
+    params:
+        model=of_model("finetune"),
+        target=lambda wildcards: CONFIG.datasets[wildcards.dataset]
+        .targets[wildcards.target]
+        .model_dump(mode="json"),
+    shell:
+        "neuromamba finetune --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
+        " --dataset {wildcards.dataset} --model {wildcards.model} --seed {wildcards.seed}"
+        " --target {wildcards.target} --on-change restart 2>&1 | tee {log}"
+
+
+rule evaluate_model:
+    """Predict the test subjects by the model and by the baselines, and score the predictions."""
+    input:
+        model=rules.finetune_model.output,
+        split=rules.split_dataset.output.split,
+        rois=all_batches("rois"),
+    output:
+        f"{MODEL}/evaluate/{{target}}/predictions.tsv",
+        f"{MODEL}/evaluate/{{target}}/metrics.tsv",
+    log:
+        f"logs/{MODEL}/evaluate/{{target}}.log",
+    benchmark:
+        f"logs/{MODEL}/evaluate/{{target}}.benchmark.tsv"
+    threads: 4
+    params:
+        evaluate=CONFIG.evaluate.model_dump(mode="json"),
+    shell:
+        "neuromamba evaluate --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
+        " --dataset {wildcards.dataset} --model {wildcards.model} --seed {wildcards.seed}"
+        " --target {wildcards.target} 2>&1 | tee {log}"
