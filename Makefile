@@ -11,10 +11,13 @@ INSTALLED := $(VENV)/.installed
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-demo: $(INSTALLED) ## synthetic subjects through the whole workflow, to a report
-	$(BIN)/neuromamba demo-data data/demo
+demo: data/demo/participants.tsv ## synthetic subjects through the whole workflow, to a report
 	$(BIN)/snakemake --cores $(CORES) --configfile config/demo.yaml all
 	@$(BIN)/neuromamba summary --config config/config.yaml config/demo.yaml
+
+# The folder is renamed into place whole, so one file tells that all of it is there.
+data/demo/participants.tsv: | $(INSTALLED)
+	$(BIN)/neuromamba demo-data data/demo
 
 test: lint ## all tests, the linters and the type checker
 	$(BIN)/pytest

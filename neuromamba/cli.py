@@ -195,7 +195,7 @@ def _splits(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from neuromamba.train import run_pretrain
+    from neuromamba.pretrain import run_pretrain
 
     config = _config(options)
     run_pretrain(config, *_training(options, config), on_change=options.on_change)

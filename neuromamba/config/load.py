@@ -142,6 +142,8 @@ def _explain(error: ValidationError, source: str, files: Mapping[tuple[str, ...]
             del place[4:5]  # the name of the union's member, which is no key of the file
         file = files.get(tuple(place[:2]))
         keys = place[2:] if file else place
+        if file and keys[:1] in ([section] for section in PER_MODEL):
+            file = f"{source} with {file}"  # the key may stand in either
         lines.append(f"{file or source}: {_explain_one(problem, place, keys)}")
     return "\n".join(lines)
 

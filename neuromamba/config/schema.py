@@ -210,7 +210,7 @@ Model = NeuroMamba
 class Config(Section):
     """A whole run: datasets x models x seeds, and the settings of every stage."""
 
-    results: str = "results"
+    results: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]+$")] = "results"
     datasets: dict[Name, Dataset] = Field(min_length=1)
     models: dict[Name, Model] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)

@@ -33,6 +33,8 @@ os.environ["PATH"] = os.pathsep.join(
 
 ROOT = f"{CONFIG.results}/{{dataset}}"
 MODEL = f"{ROOT}/{{model}}/seed-{{seed}}"
+RUN = f"--config {ROOT}/config.yaml --dataset {{dataset}}"
+TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
 BATCHES = range(CONFIG.compute.batches)
 
 

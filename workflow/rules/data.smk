@@ -7,6 +7,7 @@ rule index_dataset:
     log:
         f"logs/{ROOT}/index.log",
     params:
+        run=RUN,
         dataset=of_dataset(
             "derivatives",
             "space",
@@ -17,8 +18,7 @@ rule index_dataset:
             "exclude",
         ),
     shell:
-        "neuromamba index --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} 2>&1 | tee {log}"
+        "neuromamba index {params.run} 2>&1 | tee {log}"
 
 
 rule volumes_batch:
@@ -32,12 +32,12 @@ rule volumes_batch:
     benchmark:
         f"logs/{ROOT}/volumes/batch-{{batch}}.benchmark.tsv"
     params:
+        run=RUN,
         volumes=CONFIG.volumes.model_dump(mode="json"),
         time_patch=CONFIG.tokens.time_patch,
         batches=CONFIG.compute.batches,
     shell:
-        "neuromamba volumes --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} --batch {wildcards.batch} 2>&1 | tee {log}"
+        "neuromamba volumes {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
 
 
 rule tokens_batch:
@@ -51,10 +51,10 @@ rule tokens_batch:
     benchmark:
         f"logs/{ROOT}/tokens/batch-{{batch}}.benchmark.tsv"
     params:
+        run=RUN,
         tokens=CONFIG.tokens.model_dump(mode="json"),
     shell:
-        "neuromamba tokens --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} --batch {wildcards.batch} 2>&1 | tee {log}"
+        "neuromamba tokens {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
 
 
 rule rois_batch:
@@ -69,11 +69,11 @@ rule rois_batch:
     benchmark:
         f"logs/{ROOT}/rois/batch-{{batch}}.benchmark.tsv"
     params:
+        run=RUN,
         dataset=of_dataset("atlas"),
         rois=CONFIG.rois.model_dump(mode="json"),
     shell:
-        "neuromamba rois --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} --batch {wildcards.batch} 2>&1 | tee {log}"
+        "neuromamba rois {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
 
 
 rule split_dataset:
@@ -90,8 +90,8 @@ rule split_dataset:
     log:
         f"logs/{ROOT}/splits.log",
     params:
+        run=RUN,
         dataset=of_dataset("participants", "targets"),
         splits=CONFIG.splits.model_dump(mode="json"),
     shell:
-        "neuromamba splits --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} 2>&1 | tee {log}"
+        "neuromamba splits {params.run} 2>&1 | tee {log}"

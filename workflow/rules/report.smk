@@ -9,6 +9,6 @@ rule report:
     log:
         f"logs/{CONFIG.results}/report.log",
     params:
-        config=[f"{CONFIG.results}/{name}/config.yaml" for name in CONFIG.datasets][0],
+        config=all_datasets(f"{ROOT}/config.yaml")[0],
     shell:
         "neuromamba report --config {params.config} 2>&1 | tee {log}"

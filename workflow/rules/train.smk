@@ -15,11 +15,10 @@ rule pretrain_model:
         f"logs/{MODEL}/pretrain.benchmark.tsv"
     threads: 8
     params:
+        run=TRAINING,
         model=of_model(drop=["finetune"]),
     shell:
-        "neuromamba pretrain --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} --model {wildcards.model} --seed {wildcards.seed}"
-        " --on-change restart 2>&1 | tee {log}"
+        "neuromamba pretrain {params.run} --on-change restart 2>&1 | tee {log}"
 
 
 rule finetune_model:
@@ -35,14 +34,13 @@ rule finetune_model:
         f"logs/{MODEL}/finetune/{{target}}.benchmark.tsv"
     threads: 8
     params:
+        run=TRAINING,
         model=of_model("finetune"),
         target=lambda wildcards: CONFIG.datasets[wildcards.dataset]
         .targets[wildcards.target]
         .model_dump(mode="json"),
     shell:
-        "neuromamba finetune --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} --model {wildcards.model} --seed {wildcards.seed}"
-        " --target {wildcards.target} --on-change restart 2>&1 | tee {log}"
+        "neuromamba finetune {params.run} --target {wildcards.target} --on-change restart 2>&1 | tee {log}"
 
 
 rule evaluate_model:
@@ -60,8 +58,7 @@ rule evaluate_model:
         f"logs/{MODEL}/evaluate/{{target}}.benchmark.tsv"
     threads: 4
     params:
+        run=TRAINING,
         evaluate=CONFIG.evaluate.model_dump(mode="json"),
     shell:
-        "neuromamba evaluate --config {CONFIG.results}/{wildcards.dataset}/config.yaml"
-        " --dataset {wildcards.dataset} --model {wildcards.model} --seed {wildcards.seed}"
-        " --target {wildcards.target} 2>&1 | tee {log}"
+        "neuromamba evaluate {params.run} --target {wildcards.target} 2>&1 | tee {log}"

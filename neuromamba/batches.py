@@ -1,0 +1,266 @@
+"""Windows of runs, in an order that is a pure function of the seed, collated into batches.
+
+Design choices
+--------------
+- Sample number n of a training depends on (seed, n) alone, so a training that was stopped goes on
+  with the sample it would have seen, whatever it held in its queues.
+- Subjects take turns: each appears once in every epoch, however many and however long its runs
+  are. The run and the start of the window within it are drawn at random.
+- Windows for validation and prediction are evenly spaced, and so the same each time.
+- A batch is a dictionary of named tensors. Each name in a model's `needs` has one reader, which
+  cuts windows and collates them; nothing after the readers knows what the tensors mean.
+- Samples with fewer tokens are padded at the end and masked. Nothing of a run's own numbers
+  depends on which runs share its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import nn
+
+from neuromamba.config import Config, Model, Tokens
+from neuromamba.files import InputError
+from neuromamba.layout import Layout
+from neuromamba.stage import refuse_if_too_many_excluded
+from neuromamba.tables import read_table
+from neuromamba.tokens import TokenStore
+
+Batch = dict[str, Any]
+"""Tensors by name, batch first, and the lists `subject` and `run`."""
+
+Sample = dict[str, npt.NDArray[Any]]
+
+OPEN_STORES = 64
+"""Stores kept open: each holds its per-voxel statistics, some megabytes."""
+
+# Separate streams of random numbers under one seed.
+_ORDER, _WINDOW = 0, 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stretch of a run; `start` is counted in time patches."""
+
+    subject: str
+    run: str
+    start: int
+
+
+class Reader(Protocol):
+    """Reads one of a model's `needs`."""
+
+    def positions(self, run: str) -> int:
+        """How many starts a window has in this run; `InputError` when it has none."""
+
+    def read(self, run: str, start: int) -> Sample:
+        """The arrays of one window."""
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Stack windows into tensors, batch first."""
+
+
+class TokenWindows:
+    """Reader of `tokens`: normalised brain patches of a window.
+
+    Gives `tokens` (B, P, Tp, V), `mean` (B, P, V) and `centers` (B, P, 3) in [0, 1], all float32,
+    and `patch_mask` (B, P) bool, where P is the largest number of brain patches in the batch and
+    Tp the number of time patches of a window. `mean` is each voxel's temporal mean in the units of
+    `tokens`. Padding is zero, at the end of P, and False in the mask.
+
+    Parameters
+    ----------
+    path_of
+        From a run to its token store.
+    volumes
+        Volumes of a window, a multiple of `tokens.time_patch`.
+    tokens
+        How the stores are expected to be cut.
+    normalization
+        `global` (one mean and SD a run) or `voxel`.
+    """
+
+    def __init__(
+        self, path_of: Callable[[str], Path], volumes: int, tokens: Tokens, normalization: str
+    ) -> None:
+        self.n_time_patches = volumes // tokens.time_patch
+        self._volumes = volumes
+        self._values = tokens.patch**3 * tokens.time_patch
+        self._normalization = normalization
+        self._path_of = path_of
+        self._store = lru_cache(OPEN_STORES)(lambda run: TokenStore(path_of(run)))
+
+    def positions(self, run: str) -> int:
+        store = self._store(run)
+        n = store.n_time_patches
+        if n < self.n_time_patches:
+            raise InputError(
+                f"{self._path_of(run)}: {run} has {n} time patches, and a window of "
+                f"{self._volumes} volumes takes {self.n_time_patches}; raise volumes.min_volumes "
+                f"to {self._volumes} to leave such runs out, or lower the model's `volumes`"
+            )
+        return n - self.n_time_patches + 1
+
+    def read(self, run: str, start: int) -> Sample:
+        store = self._store(run)
+        tokens = store.normalized(start, self.n_time_patches, self._normalization)
+        if tokens.shape[-1] != self._values:
+            raise InputError(
+                f"{self._path_of(run)}: {tokens.shape[-1]} values a token where the config's "
+                f"tokens.patch and tokens.time_patch give {self._values}; make the tokens again"
+            )
+        return {
+            "tokens": np.swapaxes(tokens, 0, 1),
+            "mean": store.mean_normalized(self._normalization),
+            "centers": np.asarray(store.center, dtype=np.float32),
+        }
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        counts = [len(sample["tokens"]) for sample in samples]
+        batch = {}
+        for name, first in samples[0].items():
+            padded = np.zeros((len(samples), max(counts), *first.shape[1:]), dtype=np.float32)
+            for row, sample, count in zip(padded, samples, counts, strict=True):
+                row[:count] = sample[name]
+            batch[name] = torch.from_numpy(padded)
+        batch["patch_mask"] = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        return batch
+
+
+def make_readers(network: nn.Module, layout: Layout, model: Model, tokens: Tokens) -> list[Reader]:
+    """One reader for each of a model's `needs`, from the results of the data stages."""
+    needs = cast(Sequence[str], network.needs)
+    known: dict[str, Callable[[], Reader]] = {
+        "tokens": lambda: TokenWindows(
+            lambda run: layout.array("tokens", run), model.volumes, tokens, model.normalization
+        ),
+    }
+    unknown = [need for need in needs if need not in known]
+    if unknown:
+        raise InputError(
+            f"the model needs {', '.join(unknown)}; batches can carry {', '.join(known)}"
+        )
+    return [known[need]() for need in needs]
+
+
+class Windows:
+    """Windows over the runs of some subjects.
+
+    Parameters
+    ----------
+    runs
+        Runs of each subject. No other run is opened.
+    readers
+        What a batch is made of.
+    max_excluded
+        Largest share of the runs that may be too short or unreadable.
+
+    Attributes
+    ----------
+    subjects : list of str
+        Subjects with at least one window, sorted.
+    left_out : dict of str to str
+        Why a run gives no window.
+
+    Raises
+    ------
+    InputError
+        When no run, or too few, give a window; the message names the runs and the reasons.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, Sequence[str]],
+        readers: Sequence[Reader],
+        max_excluded: float = 0.0,
+    ) -> None:
+        self._readers = readers
+        self._positions: dict[str, int] = {}
+        self.left_out: dict[str, str] = {}
+        for run in sorted(run for of_subject in runs.values() for run in of_subject):
+            try:
+                self._positions[run] = min(reader.positions(run) for reader in readers)
+            except InputError as error:
+                self.left_out[run] = " ".join(str(error).split())
+        rows = [(run, self.left_out.get(run)) for run in [*self._positions, *self.left_out]]
+        if not rows:
+            raise InputError("no runs to take windows from; see excluded.tsv for the reasons")
+        table = pd.DataFrame(rows, columns=["run", "reason"])
+        refuse_if_too_many_excluded("windows", table, max_excluded)
+        kept = {
+            subject: sorted(run for run in of_subject if run in self._positions)
+            for subject, of_subject in runs.items()
+        }
+        self.runs = {subject: kept[subject] for subject in sorted(kept) if kept[subject]}
+        self.subjects = list(self.runs)
+        self._order = lru_cache(2)(self._draw_order)
+
+    def sample(self, seed: int, number: int) -> Window:
+        """The window of training sample `number`: a pure function of its arguments."""
+        epoch, turn = divmod(number, len(self.subjects))
+        subject = self.subjects[self._order(seed, epoch)[turn]]
+        rng = np.random.default_rng([seed, _WINDOW, number])
+        runs = self.runs[subject]
+        run = runs[int(rng.integers(len(runs)))]
+        return Window(subject, run, int(rng.integers(self._positions[run])))
+
+    def spaced(self, count: int, subjects: Sequence[str] | None = None) -> list[Window]:
+        """`count` evenly spaced windows of each run, fewer where a run has fewer starts.
+
+        The first and the last volume that a window can reach are used; a single window stands in
+        the middle.
+        """
+        windows = []
+        for subject in self.subjects if subjects is None else subjects:
+            for run in self.runs[subject]:
+                last = self._positions[run] - 1
+                places = np.linspace(0, last, count) if count > 1 else np.array([last / 2])
+                starts = np.unique(np.floor(places + 0.5).astype(int))
+                windows += [Window(subject, run, int(start)) for start in starts]
+        return windows
+
+    def batch(self, windows: Sequence[Window]) -> Batch:
+        """Read windows into one batch."""
+        batch: Batch = {
+            "subject": [window.subject for window in windows],
+            "run": [window.run for window in windows],
+        }
+        for reader in self._readers:
+            batch |= reader.collate([reader.read(window.run, window.start) for window in windows])
+        return batch
+
+    def training_batch(self, seed: int, number: int, size: int) -> Batch:
+        """Batch `number` of a training: samples `number * size` and the `size - 1` after it."""
+        first = number * size
+        return self.batch([self.sample(seed, first + i) for i in range(size)])
+
+    def batches(self, windows: Sequence[Window], size: int) -> Iterator[Batch]:
+        """All the windows in their order, `size` at a time."""
+        for first in range(0, len(windows), size):
+            yield self.batch(windows[first : first + size])
+
+    def _draw_order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.subjects))
+
+
+def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:
+    """The runs of `subjects` that have tokens: the manifests' rows with a column `subject`."""
+    layout = Layout(Path(config.results), dataset)
+    index = read_table(layout.index, dtype=str)[["run", "subject"]]
+    manifests = [layout.manifest("tokens", batch) for batch in range(config.compute.batches)]
+    table = pd.concat([read_table(path, dtype=str) for path in manifests])
+    table = table[table["reason"].isna()].merge(index, on="run")
+    return table[table["subject"].isin(set(subjects))].sort_values(["subject", "run"])
+
+
+def group_runs(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """The runs of each subject, from a table with both columns."""
+    return {str(subject): list(names) for subject, names in runs.groupby("subject")["run"]}

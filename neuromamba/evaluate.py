@@ -1,0 +1,250 @@
+"""Predict the test subjects by a fine-tuned model and by the baselines, and score the predictions.
+
+Design choices
+--------------
+- Predictions are written first. The metrics are computed from the file as it was read back, so
+  that anyone can compute them again, or others, without a model.
+- Every table has the baselines of `neuromamba.baselines` in it, on the same subjects.
+- A subject that the model, or the one it was fine-tuned from, was trained or chosen on is refused,
+  unless `evaluate.allow_seen_subjects` says otherwise; the notes then name them for the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from neuromamba.baselines import load_connectivity, no_features, predict_class, predict_number
+from neuromamba.checkpoint import load_model_info, seen_subjects
+from neuromamba.config import Config
+from neuromamba.files import InputError, write_json
+from neuromamba.finetune import predict_subjects
+from neuromamba.layout import Layout
+from neuromamba.metrics import PROBABILITY, compare, compute_metrics, read_predictions
+from neuromamba.participants import read_participants
+from neuromamba.splits import read_split
+from neuromamba.stage import usable_runs
+from neuromamba.tables import read_table, write_table
+
+FC = "fc"
+BASELINES = (FC, "majority", "mean")
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Who is evaluated on what.
+
+    Attributes
+    ----------
+    classes
+        Class names, the positive one last; empty for a number.
+    train, test
+        True label of each subject that has one, sorted by subject: `train` holds the training and
+        the validation part of the split.
+    unlabelled
+        Subjects of the split without a label.
+    """
+
+    classes: list[str]
+    train: pd.Series
+    test: pd.Series
+    unlabelled: int
+
+
+def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
+    """Join the split with the labels of one target.
+
+    Raises
+    ------
+    InputError
+        When too few subjects have a label, or the training subjects have one class.
+    """
+    settings = config.datasets[dataset]
+    kind = settings.targets[target]
+    split = read_split(Layout(Path(config.results), dataset).split)
+    labels = read_participants(settings)[target].dropna()
+    train = labels.reindex(sorted([*split["train"], *split["validation"]])).dropna()
+    test = labels.reindex(split["test"]).dropna()
+    where = f"{settings.participants and settings.participants.file}: column {kind.column!r}"
+    if len(train) < 2 or len(test) < 2:
+        raise InputError(
+            f"{where} has a label for {len(train)} training and {len(test)} test subject(s); "
+            "evaluation needs 2 of each: add labels, subjects, or share (splits.test)"
+        )
+    if train.nunique() < 2:
+        raise InputError(
+            f"{where} has the one value {train.iloc[0]!r} for all {len(train)} training subjects; "
+            "there is nothing to tell apart: correct the target's `classes` or remove the target"
+        )
+    classes = list(kind.classes) if kind.kind == "classification" else []
+    total = sum(len(part) for part in split.values())
+    return Subjects(classes, train, test, total - len(train) - len(test))
+
+
+def find_seen(config: Config, dataset: str, info: dict[str, Any], test: Sequence[str]) -> list[str]:
+    """Test subjects that the model was trained or chosen on; refused unless the config allows it.
+
+    Raises
+    ------
+    InputError
+        Naming some of the subjects.
+    """
+    seen = sorted(seen_subjects(info) & set(test))
+    if seen and not config.evaluate.allow_seen_subjects:
+        raise InputError(
+            f"{Layout(Path(config.results), dataset).split}: {len(seen)} of {len(test)} test "
+            f"subjects were used to train the model: {', '.join(seen[:5])}"
+            f"{', ...' if len(seen) > 5 else ''}; train it again on this split, or set "
+            "evaluate.allow_seen_subjects: true, and the report will say so"
+        )
+    return seen
+
+
+def predict_model(
+    config: Config, dataset: str, model: str, seed: int, target: str, subjects: Subjects
+) -> pd.DataFrame:
+    """The model's predictions of the test subjects, checked to be whole and finite.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by subject in the order of `subjects.test`: `prob_<class>` columns, or `value`.
+    """
+    test = list(subjects.test.index)
+    predicted = predict_subjects(config, dataset, model, seed, target, test).set_index("subject")
+    predicted = predicted.reindex(test)[_columns(subjects.classes)].astype(float)
+    bad = [name for name, row in predicted.iterrows() if not np.isfinite(row).all()]
+    if bad:
+        raise InputError(
+            f"{model} gives no finite prediction for {', '.join(map(str, bad[:5]))}; its training "
+            "may have diverged: look at its metrics.jsonl, and train with a lower learning_rate"
+        )
+    return predicted
+
+
+def predict_fc(
+    config: Config, dataset: str, subjects: Subjects
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Predictions of the FC baseline, in the form of `predict_model`, and notes on how.
+
+    Seeded by `splits.seed`: the baseline is the same beside every model and every model's seed.
+    """
+    train, test = list(subjects.train.index), list(subjects.test.index)
+    features = load_connectivity(_stores(config, dataset), train, test)
+    folds, seed = config.evaluate.inner_folds, config.splits.seed
+    if subjects.classes:
+        present = [name for name in subjects.classes if (subjects.train == name).any()]
+        labels = np.array([present.index(name) for name in subjects.train], dtype=np.int64)
+        values, chosen = predict_class(features.train, labels, features.test, folds, seed)
+        columns = [PROBABILITY + name for name in present]
+        table = pd.DataFrame(values, test, columns)
+        table = table.reindex(columns=_columns(subjects.classes), fill_value=0.0)
+    else:
+        numbers = subjects.train.to_numpy(float)
+        # Standardised, so that one grid of penalties suits every unit.
+        mean, sd = numbers.mean(), numbers.std()
+        scaled, chosen = predict_number(
+            features.train, (numbers - mean) / sd, features.test, folds, seed
+        )
+        table = pd.DataFrame({"value": mean + sd * scaled}, test)
+    notes = {
+        "inverse_penalty": chosen,
+        "n_rois": features.n_rois,
+        "n_rois_dropped": features.n_dropped,
+        "share_missing": features.missing,
+        "n_features": features.train.shape[1],
+    }
+    return table, notes
+
+
+def tabulate(name: str, predicted: pd.DataFrame, subjects: Subjects) -> pd.DataFrame:
+    """Rows of `predictions.tsv` for one predictor.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns `subject`, `predictor`, `y_true`, `y_pred` (most probable class, or value),
+        `y_score` (probability of the positive class of two, else missing), `prob_<class>`.
+    """
+    table = pd.DataFrame({"subject": predicted.index, "predictor": name})
+    table["y_true"] = subjects.test.loc[predicted.index].to_numpy()
+    if not subjects.classes:
+        table["y_pred"] = predicted["value"].to_numpy()
+        return table.assign(y_score=np.nan)
+    table["y_pred"] = np.array(subjects.classes)[predicted.to_numpy().argmax(axis=1)]
+    two = len(subjects.classes) == 2
+    table["y_score"] = predicted.iloc[:, -1].to_numpy() if two else np.nan
+    return table.join(predicted.reset_index(drop=True))
+
+
+def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: str) -> None:
+    """Write `predictions.tsv`, `notes.json`, `comparison.tsv` and, last, `metrics.tsv`.
+
+    Raises
+    ------
+    InputError
+        When there is no finished model, when it was trained on a test subject, or when the labels
+        or the FC do not allow an evaluation.
+    """
+    layout = Layout(Path(config.results), dataset)
+    folder = layout.evaluate(model, seed, target)
+    if model in BASELINES:
+        raise InputError(f"models: {model!r} is the name of a baseline; rename its YAML file")
+    subjects = choose_subjects(config, dataset, target)
+    info = load_model_info(layout.finetune(model, seed, target))
+    seen = find_seen(config, dataset, info, list(subjects.test.index))
+    fc, fc_notes = predict_fc(config, dataset, subjects)
+    constant = "majority" if subjects.classes else "mean"
+    share = no_features(subjects.train, subjects.classes)
+    simple = pd.DataFrame(list(share.values()), _columns(subjects.classes)).T
+    predicted = {
+        model: predict_model(config, dataset, model, seed, target, subjects),
+        FC: fc,
+        constant: simple.loc[[0] * len(subjects.test)].set_axis(subjects.test.index),
+    }
+    tables = [tabulate(name, table, subjects) for name, table in predicted.items()]
+    write_table(folder / "predictions.tsv", pd.concat(tables, ignore_index=True))
+    notes = {
+        "n_train": len(subjects.train),
+        "n_test": len(subjects.test),
+        "n_unlabelled": subjects.unlabelled,
+        "classes": subjects.classes,
+        "train_labels": share,
+        "fc": fc_notes,
+        "seen_subjects": seen,
+    }
+    write_json(folder / "notes.json", notes)
+    write_metrics(folder, model, config)
+
+
+def write_metrics(folder: Path, model: str, config: Config) -> None:
+    """Compute `comparison.tsv` and `metrics.tsv` from the `predictions.tsv` in `folder`."""
+    predictions = read_predictions(folder / "predictions.tsv")
+    settings = (config.evaluate.bootstrap, config.evaluate.confidence, config.splits.seed)
+    write_table(folder / "comparison.tsv", compare(predictions, model, FC, *settings))
+    write_table(folder / "metrics.tsv", compute_metrics(predictions, *settings))
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    return [PROBABILITY + name for name in classes] or ["value"]
+
+
+def _stores(config: Config, dataset: str) -> dict[str, list[Path]]:
+    """The ROI stores of each subject's runs that also have tokens."""
+    layout = Layout(Path(config.results), dataset)
+    index = read_table(layout.index, dtype={"run": str, "subject": str})
+    batches = range(config.compute.batches)
+    usable = [
+        set(usable_runs([layout.manifest(stage, batch) for batch in batches]))
+        for stage in ("tokens", "rois")
+    ]
+    stores: dict[str, list[Path]] = {}
+    for run, subject in index[["run", "subject"]].itertuples(index=False):
+        if run in usable[0] & usable[1]:
+            stores.setdefault(subject, []).append(layout.array("rois", run))
+    return stores

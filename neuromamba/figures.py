@@ -1,0 +1,251 @@
+"""The report's figures, each as a `data:` address that a page can hold.
+
+Lines are SVG, pictures of voxels PNG. Colours are those of Okabe and Ito, which stay apart for
+colour-blind readers; what a colour means is also told by a line's style or by its place.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
+
+from neuromamba.metrics import PROBABILITY, class_names
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+GREY = "#666666"
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "neuromamba",
+}
+SLICES = 7
+
+
+def training_curves(trainings: Mapping[str, pd.DataFrame]) -> str:
+    """Loss over steps and, where there are any, skills; one colour per training.
+
+    Parameters
+    ----------
+    trainings
+        By label, the rows of a `metrics.jsonl`: `step`, `split`, `loss`, `skill_*`.
+    """
+    columns = {str(column) for table in trainings.values() for column in table}
+    skills = sorted(column for column in columns if column.startswith("skill_"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.5 if skills else 4.6, 3.4), layout="constrained")
+        axes = figure.subplots(1, 2 if skills else 1, squeeze=False)[0]
+        for colour, (label, table) in zip(_colours(), trainings.items(), strict=False):
+            _loss_lines(axes[0], table, label if len(trainings) > 1 else "", colour)
+            if skills:
+                _skill_lines(axes[1], table, skills, colour, label if len(trainings) > 1 else "")
+        axes[0].set(title="Loss", xlabel="step", ylabel="loss")
+        if skills:
+            axes[1].axhline(0, color="black", linewidth=0.8)
+            axes[1].set(title="Skill on the validation subjects", xlabel="step", ylabel="skill")
+            _keep_in_view(axes[1])
+        for axis in axes:
+            axis.legend(loc="best")
+        return _svg(figure)
+
+
+def _loss_lines(axis: Axes, table: pd.DataFrame, label: str, colour: str) -> None:
+    train, validation = (table[table["split"] == part] for part in ("train", "validation"))
+    name = f"{label}, " if label else ""
+    axis.plot(
+        train["step"], train["loss"], color=colour, alpha=0.45, linewidth=1, label=f"{name}training"
+    )
+    axis.plot(
+        validation["step"],
+        validation["loss"],
+        color=colour,
+        marker="o",
+        markersize=3,
+        label=f"{name}validation",
+    )
+
+
+def _skill_lines(
+    axis: Axes, table: pd.DataFrame, skills: Sequence[str], colour: str, label: str
+) -> None:
+    rows = table[table["split"] == "validation"]
+    known = [name for name in skills if name in rows]
+    for k, name in enumerate(known):
+        # One training: a colour for each predictor. Several: a colour for each training.
+        axis.plot(
+            rows["step"],
+            rows[name],
+            color=colour if label else COLOURS[k],
+            linestyle=("-", "--", ":")[k % 3],
+            marker="o",
+            markersize=3,
+            label=(f"{label}, " if label else "") + f"over {name.removeprefix('skill_')}",
+        )
+
+
+def _keep_in_view(axis: Axes) -> None:
+    """Cut off a hopeless start, which would press the rest against the top."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if low < -1 < high:
+        axis.set_ylim(-1, max(0.05, high) + 0.05 * (high + 1))
+
+
+def distributions(columns: Mapping[str, pd.Series]) -> str:
+    """A histogram for each column, titled by its label; missing values are left out."""
+    with matplotlib.rc_context(STYLE):
+        count = len(columns)
+        across = min(count, 4)
+        down = -(-count // across)
+        figure = Figure(figsize=(2.4 * across, 2.2 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for axis, (label, values) in zip(axes, columns.items(), strict=False):
+            found = values.dropna().to_numpy(dtype=float)
+            axis.hist(found, bins=min(20, max(5, len(found) // 4)), color=COLOURS[0])
+            axis.axvline(float(np.median(found)), color=COLOURS[1], linestyle="--")
+            axis.set_title(label)
+            axis.locator_params(axis="x", nbins=4)
+            axis.locator_params(axis="y", nbins=4, integer=True)
+        for axis in axes[count:]:
+            axis.set_axis_off()
+        axes[0].set_ylabel("runs")
+        return _svg(figure)
+
+
+def brain(
+    mean: npt.NDArray[np.floating],
+    mask: npt.NDArray[np.bool_],
+    tokens: npt.NDArray[np.bool_] | None,
+) -> str:
+    """Axial slices of a mean image with the outlines of the brain mask and of the tokens.
+
+    Parameters
+    ----------
+    mean, mask, tokens
+        (z, y, x) on one grid; `tokens` is true in every voxel of a patch that is kept.
+    """
+    shown = np.where(mask, np.nan_to_num(mean), np.nan)
+    levels = np.flatnonzero(mask.any(axis=(1, 2)))
+    chosen = levels[np.linspace(0, len(levels) - 1, SLICES + 2).round().astype(int)[1:-1]]
+    low, high = np.nanpercentile(shown, [1, 99])
+    with matplotlib.rc_context({**STYLE, "image.interpolation": "nearest"}):
+        figure = Figure(figsize=(1.5 * SLICES, 1.9), facecolor="black")
+        axes = figure.subplots(1, SLICES)
+        figure.subplots_adjust(0, 0, 1, 0.88, wspace=0.02)
+        for axis, level in zip(axes, chosen, strict=True):
+            axis.imshow(shown[level], origin="lower", cmap="gray", vmin=low, vmax=high)
+            axis.contour(mask[level], [0.5], colors="#56B4E9", linewidths=0.7)
+            if tokens is not None and tokens[level].any() and not tokens[level].all():
+                axis.contour(tokens[level], [0.5], colors="#E69F00", linewidths=0.7)
+            axis.set_axis_off()
+            axis.set_title(f"z = {level}", color="white", loc="center", fontsize=8)
+        return _png(figure)
+
+
+def connectivity(fc: npt.NDArray[np.floating]) -> str:
+    """A (roi, roi) matrix of correlations; missing ones are grey."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 3.6), layout="constrained")
+        axis = figure.subplots()
+        colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#BBBBBB")
+        limit = max(0.1, float(np.nanpercentile(np.abs(fc[~np.eye(len(fc), dtype=bool)]), 99)))
+        image = axis.imshow(fc, cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.set(xlabel="ROI", ylabel="ROI")
+        figure.colorbar(image, label="Pearson r", shrink=0.8)
+        return _png(figure)
+
+
+def results(predictors: Mapping[str, pd.DataFrame]) -> str:
+    """ROC curves for two classes, confusion matrices for more, true against predicted for numbers.
+
+    Parameters
+    ----------
+    predictors
+        By label, one predictor's rows of a `predictions.tsv`.
+    """
+    classes = class_names(next(iter(predictors.values())))
+    with matplotlib.rc_context(STYLE):
+        if len(classes) == 2:
+            return _svg(_roc(predictors, classes[1]))
+        draw = _confusion if classes else _scatter
+        figure = Figure(figsize=(3.2 * len(predictors), 3.3), layout="constrained")
+        axes = figure.subplots(1, len(predictors), squeeze=False)[0]
+        for axis, colour, (label, table) in zip(axes, _colours(), predictors.items(), strict=False):
+            draw(axis, table, classes, colour)
+            axis.set_title(label)
+        return _svg(figure)
+
+
+def _roc(predictors: Mapping[str, pd.DataFrame], positive: str) -> Figure:
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    styles = ["-", "--", "-.", ":"]
+    for k, (label, table) in enumerate(predictors.items()):
+        true = table["y_true"].astype(str) == positive
+        if true.nunique() == 2:
+            false_rate, true_rate, _ = roc_curve(true, table[PROBABILITY + positive])
+            style = styles[k % len(styles)]
+            axis.plot(false_rate, true_rate, style, color=COLOURS[k % len(COLOURS)], label=label)
+    axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":", label="chance")
+    axis.set(
+        xlabel=f"others called {positive}",
+        ylabel=f"{positive} called {positive}",
+        aspect="equal",
+        title="ROC on the test subjects",
+    )
+    axis.legend(loc="lower right")
+    return figure
+
+
+def _scatter(axis: Axes, table: pd.DataFrame, classes: Sequence[str], colour: str) -> None:
+    true, predicted = table["y_true"].astype(float), table["y_pred"].astype(float)
+    axis.plot([true.min(), true.max()], [true.min(), true.max()], color=GREY, linewidth=0.8)
+    axis.scatter(true, predicted, s=14, color=colour, alpha=0.7, linewidths=0)
+    axis.set(xlabel="true", ylabel="predicted")
+
+
+def _confusion(axis: Axes, table: pd.DataFrame, classes: Sequence[str], colour: str) -> None:
+    order = pd.Index(classes)
+    counts = pd.crosstab(
+        table["y_true"].astype(str), table["y_pred"].astype(str), normalize="index"
+    )
+    shares = counts.reindex(index=order, columns=order, fill_value=0.0).to_numpy()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*shares.shape):
+        ink = "white" if shares[row, column] > 0.6 else "black"
+        axis.text(column, row, f"{shares[row, column]:.2f}", ha="center", va="center", color=ink)
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_xticks(range(len(order)), order, rotation=30, ha="right")
+    axis.set_yticks(range(len(order)), order)
+
+
+def _colours() -> list[str]:
+    return COLOURS * 50
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _png(figure: Figure) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,240 @@
+"""Fine-tuning: a pretrained model, or only a head on top of it, learns to predict a target.
+
+Design choices
+--------------
+- Classes are weighted by the inverse of their frequency among the training subjects, so that the
+  rarest counts as much as the commonest. Numbers are learnt in z units of the training subjects.
+- A subject's prediction is the mean over evenly spaced windows of all its runs: of the
+  probabilities, or of the values. The windows of one run are predicted together and apart from all
+  others, so a prediction is the same to the bit whoever else is predicted.
+- The step to keep is chosen by the loss on the validation subjects alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
+from neuromamba.checkpoint import OnChange, differences, load_model_info, load_weights
+from neuromamba.config import Classification, Config, Finetune, Target
+from neuromamba.files import InputError, digest_json
+from neuromamba.heads import ClassHead, HeadedModel, NumberHead
+from neuromamba.layout import Layout
+from neuromamba.participants import read_participants
+from neuromamba.pretrain import (
+    PARTS,
+    already_there,
+    make_network,
+    make_record,
+    make_settings,
+    open_windows,
+    train_and_save,
+)
+from neuromamba.runtime import choose_device
+from neuromamba.scalars import to_device
+from neuromamba.splits import read_split
+
+
+def run_finetune(
+    config: Config,
+    dataset: str,
+    model: str,
+    seed: int,
+    target: str,
+    on_change: OnChange = "refuse",
+) -> None:
+    """Fine-tune a pretrained model: `finetune/{target}/model.safetensors`, `model.json`, metrics.
+
+    Subjects without a label are left out, and their number is told.
+
+    Raises
+    ------
+    InputError
+        When there is no pretrained model or it does not fit, when a part has no labelled subject,
+        or when the labels of the training subjects are all the same.
+    """
+    layout = Layout(Path(config.results), dataset)
+    folder, pretrain = layout.finetune(model, seed, target), layout.pretrain(model, seed)
+    settings = config.models[model].finetune
+    earlier = load_model_info(pretrain)
+    split, labels = read_split(layout.split), read_labels(config, dataset, target)
+    subjects = {part: [name for name in split[part] if name in labels] for part in PARTS}
+    unlabelled = {part: len(split[part]) - len(subjects[part]) for part in PARTS}
+    used = {name: labels[name] for part in PARTS for name in subjects[part]}
+    runs = list_runs(config, dataset, used)
+    record = make_record(config, dataset, model, seed, settings, runs)
+    refuse_other_settings(pretrain, earlier, record["settings"])
+    record["settings"]["target"] = target_settings(config.datasets[dataset].targets[target])
+    record["inputs"] |= {"labels": digest_json(used), "pretrained": earlier["files"]}
+    if already_there(folder, record, on_change):
+        return
+    task = make_task(config, dataset, target, subjects, labels)
+    if any(unlabelled.values()):
+        counts = ", ".join(f"{count} of part {part}" for part, count in unlabelled.items())
+        tqdm.write(f"{dataset}: left out for want of a label {target!r}: {counts}", sys.stderr)
+    backbone = make_network(config, model, seed)
+    load_weights(backbone, pretrain)
+    network = HeadedModel(backbone, task, settings.head_dropout, settings.mode == "head")
+    windows = open_windows(config, dataset, model, network, subjects, runs)
+
+    def with_label(batch: Batch) -> Batch:
+        return {**batch, "label": torch.tensor([used[name] for name in batch["subject"]])}
+
+    names = ("dataset", "model", "seed", "subjects", "files")
+    facts = {
+        "target": target,
+        "unlabelled": unlabelled,
+        "scaling": task.describe(),
+        "pretrained_from": {name: earlier[name] for name in names},
+    }
+    train_and_save(network, settings, windows, folder, record, config, on_change, with_label, facts)
+
+
+def read_labels(config: Config, dataset: str, target: str) -> dict[str, int | float]:
+    """The label of each subject that has one: the number of its class, or its value."""
+    settings = config.datasets[dataset]
+    spec = settings.targets[target]
+    labels = read_participants(settings)[target].dropna()
+    if isinstance(spec, Classification):
+        number = {name: k for k, name in enumerate(spec.classes)}
+        return {str(subject): number[name] for subject, name in labels.items()}
+    return {str(subject): float(value) for subject, value in labels.items()}
+
+
+def target_settings(target: Target) -> dict[str, Any]:
+    """A target's section, with its classes as a list, because their order has a meaning."""
+    settings = target.model_dump(mode="json")
+    if isinstance(target, Classification):
+        settings["classes"] = [list(pair) for pair in target.classes.items()]
+    return settings
+
+
+def make_task(
+    config: Config,
+    dataset: str,
+    target: str,
+    subjects: Mapping[str, Sequence[str]],
+    labels: Mapping[str, int | float],
+) -> ClassHead | NumberHead:
+    """The loss for a target, weighted or scaled by the labels of the training subjects.
+
+    Raises
+    ------
+    InputError
+        When a part has no labelled subject, or all labels of the training subjects are the same.
+    """
+    settings = config.datasets[dataset]
+    spec = settings.targets[target]
+    file = settings.participants.file if settings.participants else dataset
+    where = f"{file}: column {spec.column!r} (target {target!r})"
+    for part in PARTS:
+        if not subjects[part]:
+            raise InputError(
+                f"{where} has a label for no subject of part {part!r}; add labels, or raise "
+                f"splits.{part}" + ("" if part == "validation" else " by lowering the others")
+            )
+    values = [labels[name] for name in subjects["train"]]
+    counts = Counter(values)
+    if len(counts) == 1:
+        what = (
+            f"only class {list(spec.classes)[int(values[0])]!r}"
+            if isinstance(spec, Classification)
+            else f"only the value {values[0]:g}"
+        )
+        raise InputError(
+            f"{where} has {what} for all {len(values)} training subjects, so there is nothing to "
+            "learn; check the column and the target's `classes`, or remove the target"
+        )
+    if isinstance(spec, Classification):
+        share = {k: len(values) / (len(counts) * count) for k, count in counts.items()}
+        return ClassHead([share.get(k, 0.0) for k in range(len(spec.classes))])
+    return NumberHead(float(np.mean(values)), float(np.std(values)))
+
+
+def refuse_other_settings(
+    folder: Path, info: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Raise `InputError` when the model in `folder` was made under another model or tokens section.
+
+    Weights may fit a model whose window or normalisation has changed, and then mean nothing.
+    """
+    sections = ("model", "tokens", "target")
+    old, new = (
+        {"settings": {name: given.get(name) for name in sections if name in settings}, "inputs": {}}
+        for given in (info["settings"], settings)
+    )
+    changes = differences(old, new)
+    if changes:
+        raise InputError(
+            f"{folder / 'model.json'} was made under other settings:\n  "
+            + "\n  ".join(changes)
+            + "\ntrain it again, or put the settings back"
+        )
+
+
+def predict_subjects(
+    config: Config, dataset: str, model: str, seed: int, target: str, subjects: Sequence[str]
+) -> pd.DataFrame:
+    """Predict a target by the fine-tuned model.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each of `subjects`, in their order: `subject`, and `prob_<class>` for each class
+        or `value`, float64.
+
+    Raises
+    ------
+    InputError
+        When there is no fine-tuned model of these settings, or a subject has no run that is long
+        enough.
+    """
+    layout = Layout(Path(config.results), dataset)
+    folder, section = layout.finetune(model, seed, target), config.models[model]
+    spec = config.datasets[dataset].targets[target]
+    settings = make_settings(config, model, section.finetune, seed)
+    settings["target"] = target_settings(spec)
+    refuse_other_settings(folder, load_model_info(folder), settings)
+    classes = list(spec.classes) if isinstance(spec, Classification) else []
+    # What the heads were scaled by comes with the weights.
+    task = ClassHead([1.0] * len(classes)) if classes else NumberHead(0.0, 1.0)
+    network = HeadedModel(make_network(config, model, seed), task, 0.0, frozen=True)
+    load_weights(network, folder)
+    network.to(choose_device(config.compute.device)).eval()
+    runs = list_runs(config, dataset, subjects)
+    readers = make_readers(network, layout, section, config.tokens)
+    windows = Windows(group_runs(runs), readers, config.compute.max_excluded)
+    lost = [subject for subject in subjects if subject not in windows.runs]
+    if lost:
+        reasons = "; ".join(windows.left_out.values()) or f"see {layout.excluded}"
+        raise InputError(f"no run of {', '.join(lost[:5])} can be predicted: {reasons}")
+    rows = [
+        [subject, *_predict_one(network, windows, subject, section.finetune)]
+        for subject in tqdm(subjects, desc=f"predict {target}", unit="subject", mininterval=1.0)
+    ]
+    names = [f"prob_{name}" for name in classes] or ["value"]
+    return pd.DataFrame(rows, columns=["subject", *names])
+
+
+def _predict_one(
+    network: HeadedModel, windows: Windows, subject: str, settings: Finetune
+) -> list[float]:
+    """Mean over a subject's windows, run by run: one run's tokens need no padding."""
+    device = next(network.parameters()).device
+    spaced = windows.spaced(settings.evaluation_windows, [subject])
+    values = []
+    with torch.no_grad():
+        for _, of_run in itertools.groupby(spaced, key=lambda window: window.run):
+            for batch in windows.batches(list(of_run), settings.batch_size):
+                values.append(network.predict(to_device(batch, device)).double().cpu())
+    return torch.cat(values).mean(0).tolist()

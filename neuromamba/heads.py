@@ -1,0 +1,134 @@
+"""A head that turns a model's embedding into a prediction, and the losses it learns by.
+
+The head is LayerNorm -> dropout -> Linear. It has no statistics over the batch, so a prediction
+does not depend on what else is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from neuromamba.batches import Batch
+
+
+class ClassHead(nn.Module):
+    """Loss and probabilities from one output for each class.
+
+    Parameters
+    ----------
+    weights
+        (n_classes,) weight of a sample of each class, with mean 1 over the training subjects.
+    """
+
+    weights: torch.Tensor
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.outputs = len(weights)
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32))
+
+    def loss(self, output: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        # Not the weighted mean of `cross_entropy`, whose scale changes with the batch's classes.
+        each = functional.cross_entropy(output, label, reduction="none") * self.weights[label]
+        return {"loss": each.mean(), "accuracy": (output.argmax(1) == label).double().mean()}
+
+    def predict(self, output: torch.Tensor) -> torch.Tensor:
+        return output.softmax(1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"class_weights": self.weights.tolist()}
+
+
+class NumberHead(nn.Module):
+    """Loss and values from one output, in z units of the training subjects.
+
+    Parameters
+    ----------
+    mean, sd
+        Of the target over the training subjects.
+    """
+
+    mean: torch.Tensor
+    sd: torch.Tensor
+    outputs = 1
+
+    def __init__(self, mean: float, sd: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("sd", torch.tensor(sd, dtype=torch.float32))
+
+    def loss(self, output: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = (label - self.mean) / self.sd
+        error = output[:, 0] - z
+        mse = error.square().mean()
+        return {
+            "loss": mse,
+            "mae": error.abs().mean() * self.sd,
+            "mse_model": mse,
+            "mse_mean": z.square().mean(),
+        }
+
+    def predict(self, output: torch.Tensor) -> torch.Tensor:
+        return output * self.sd + self.mean
+
+    def describe(self) -> dict[str, Any]:
+        return {"mean": self.mean.item(), "sd": self.sd.item()}
+
+
+class HeadedModel(nn.Module):
+    """A model family with a head for one target: the same `needs` and `loss` as a family.
+
+    Parameters
+    ----------
+    backbone
+        Has `embed(batch)`, (batch, width), and `width`.
+    task
+        `ClassHead` or `NumberHead`.
+    dropout
+        Before the last layer.
+    frozen
+        Train the head alone; the backbone then works as in evaluation.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        task: ClassHead | NumberHead,
+        dropout: float,
+        frozen: bool,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        width = int(backbone.width)  # type: ignore[arg-type]
+        self.head = nn.Sequential(
+            nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, task.outputs)
+        )
+        self.task = task
+        self.frozen = frozen
+        self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]
+        backbone.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> HeadedModel:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return self.task.loss(self._output(batch), batch["label"])
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """Probabilities (batch, n_classes), or values (batch, 1) in the target's own units."""
+        return self.task.predict(self._output(batch))
+
+    def _output(self, batch: Batch) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            embedding = self.backbone.embed(batch)  # type: ignore[operator]
+        # In float32 also under autocast: the head is small, and the loss needs the digits.
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.head(embedding.float())

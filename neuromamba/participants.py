@@ -1,0 +1,138 @@
+"""The table of subjects: their site and the values of the targets."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+
+from neuromamba.config import Classification, Dataset, Participants, Regression
+from neuromamba.files import InputError
+from neuromamba.tables import read_table
+
+MISSING = ["n/a", "N/A", "NA", "NaN", "nan", ""]
+
+
+def subject_name(label: str) -> str:
+    """`sub-` and the letters and digits of `label`, which may or may not begin with `sub-`."""
+    return "sub-" + re.sub(r"[^A-Za-z0-9]", "", label.strip().removeprefix("sub-"))
+
+
+def read_participants(dataset: Dataset) -> pd.DataFrame:
+    """Read the participants table and look up the dataset's targets in it.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by subject (`sub-01`). Column `site` (text), and one column for each target: the
+        class's name for a classification, a float for a regression. Missing where the cell is
+        empty or, with a warning, where it is the value of no class.
+
+    Raises
+    ------
+    InputError
+        When there is no table for the targets, a column is missing, a subject has no id or two
+        rows, or the cell of a regression target is not a number.
+    """
+    settings = dataset.participants
+    if settings is None:
+        if dataset.targets:
+            raise InputError(
+                f"the targets {', '.join(dataset.targets)} need a table of subjects: set "
+                "participants.file in the dataset YAML"
+            )
+        return pd.DataFrame({"site": pd.Series(dtype="string")}, index=pd.Index([], name="subject"))
+    table = read_table(settings.file, dtype=str, na_values=MISSING)
+    table.columns = table.columns.str.strip()
+    subjects = _subjects(table, settings)
+    site = (
+        _column(table, settings.site_column, "participants.site_column", settings.file)
+        if settings.site_column
+        else pd.Series([None] * len(table), dtype="string")
+    )
+    columns = {"site": site.str.strip().array}
+    for name, target in dataset.targets.items():
+        if name in columns:
+            raise InputError(f"target {name!r} has the name of a reserved column; rename it")
+        cells = _column(table, target.column, f"targets.{name}.column", settings.file)
+        columns[name] = (
+            _class_names(cells, name, target, settings.file)
+            if isinstance(target, Classification)
+            else _numbers(cells, subjects, target, settings.file)
+        ).array
+    return pd.DataFrame(columns, index=pd.Index(subjects, name="subject"))
+
+
+def _column(table: pd.DataFrame, column: str, key: str, file: str) -> pd.Series:
+    if column not in table:
+        raise InputError(
+            f"{file} has no column {column!r} ({key} in the dataset YAML); it has: "
+            f"{', '.join(table.columns)}"
+        )
+    return table[column]
+
+
+def _subjects(table: pd.DataFrame, settings: Participants) -> pd.Series:
+    labels = _column(table, settings.id_column, "participants.id_column", settings.file)
+    if labels.isna().any():
+        row = int(np.flatnonzero(labels.isna())[0]) + 2
+        raise InputError(
+            f"{settings.file}, line {row}: {settings.id_column!r} is empty; fill it in or delete "
+            "the line"
+        )
+    subjects = labels.map(subject_name)
+    double = subjects[subjects.duplicated()].unique()
+    if len(double):
+        raise InputError(
+            f"{settings.file} has more than one row for {_some(double)}; keep one row a subject"
+        )
+    return subjects
+
+
+def _class_names(cells: pd.Series, name: str, target: Classification, file: str) -> pd.Series:
+    by_cell: dict[str, str] = {}
+    for class_name, cell in target.classes.items():
+        other = by_cell.setdefault(_comparable(cell), class_name)
+        if other != class_name:
+            raise InputError(
+                f"targets.{name}.classes: {other!r} and {class_name!r} have the same cell value "
+                f"{cell!r}"
+            )
+    known = cells.map(_comparable, na_action="ignore")
+    unknown = cells[known.notna() & ~known.isin(list(by_cell))]
+    if len(unknown):
+        counts = ", ".join(f"{cell!r} ({n} x)" for cell, n in unknown.value_counts().items())
+        warnings.warn(
+            f"{file}, column {target.column!r}: {counts} is no class of targets.{name}.classes "
+            f"({', '.join(map(repr, target.classes.values()))}); these subjects have no label",
+            stacklevel=3,
+        )
+    return known.map(by_cell)
+
+
+def _comparable(cell: str) -> str:
+    """Text that is equal for `1`, `1.0` and ` 1`, as programs that write tables differ in it."""
+    cell = cell.strip()
+    try:
+        return repr(float(cell))
+    except ValueError:
+        return cell
+
+
+def _numbers(cells: pd.Series, subjects: pd.Series, target: Regression, file: str) -> pd.Series:
+    numbers = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
+    wrong = np.flatnonzero((numbers.isna() & cells.notna()) | np.isinf(numbers))
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"{file}, line {row + 2} ({subjects.iloc[row]}), column {target.column!r}: "
+            f"{cells.iloc[row]!r} is not a number ({len(wrong)} such cells); correct it, or write "
+            "n/a where the value is not known"
+        )
+    return numbers
+
+
+def _some(names: np.ndarray) -> str:
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" * (len(names) > 5))

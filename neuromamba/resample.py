@@ -1,0 +1,147 @@
+"""Resampling to the target grid as one sparse matrix over brain voxels.
+
+Trilinear interpolation is linear, so a run's resampling is a matrix with at most 8 numbers a row:
+made once from the two affines, applied to every volume. Only brain voxels have rows, and only the
+source voxels that these rows touch are ever converted to float. Where the two grids coincide the
+rows have a single 1 and the values are copied unchanged.
+
+Points beyond the centres of the source's outermost voxels are outside: 0, as in
+`nilearn.image.resample_img(interpolation="linear")`, which the tests compare with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
+
+Shape = tuple[int, int, int]
+Affine = npt.NDArray[np.float64]
+
+SNAP = 1e-3
+"""Voxels. Affines are stored as float32: without snapping, coinciding grids would miss each other
+by rounding, and border voxels would fall outside."""
+
+
+def source_coordinates(
+    voxels: npt.NDArray[np.intp], shape: Shape, affine: Affine, source_affine: Affine
+) -> npt.NDArray[np.float64]:
+    """Where voxels of the target grid lie on the source grid.
+
+    Parameters
+    ----------
+    voxels
+        (voxel,) numbers of the target voxels, x fastest.
+    shape
+        Target grid, voxels along x, y, z.
+    affine, source_affine
+        (4, 4) voxel indices to mm of the target and of the source.
+
+    Returns
+    -------
+    (3, voxel) float64
+        Source voxel indices (x, y, z), fractional.
+    """
+    indices = np.stack(np.unravel_index(voxels, shape, order="F"))
+    to_source = np.linalg.inv(source_affine) @ affine
+    points = to_source[:3, :3] @ indices + to_source[:3, 3:]
+    nearest = np.round(points)
+    return np.where(np.abs(points - nearest) < SNAP, nearest, points)
+
+
+def resample_mask(
+    mask: npt.NDArray[np.bool_], source_affine: Affine, shape: Shape, affine: Affine
+) -> npt.NDArray[np.intp]:
+    """Brain voxels of the target grid: those whose nearest source voxel is in `mask`.
+
+    Parameters
+    ----------
+    mask
+        (x, y, z) brain mask on the source grid.
+    source_affine, shape, affine
+        Source affine, target shape (x, y, z) and target affine.
+
+    Returns
+    -------
+    (voxel,) intp
+        Numbers of the voxels, x fastest, ascending; voxels outside the source's field of view are
+        never brain.
+    """
+    voxels = np.arange(np.prod(shape), dtype=np.intp)
+    points = source_coordinates(voxels, shape, affine, source_affine)
+    inside = _inside(points, mask.shape)
+    nearest = np.round(points[:, inside]).astype(np.intp)
+    return voxels[inside][mask[tuple(nearest)]]
+
+
+class Resampler:
+    """Trilinear interpolation of volumes at the brain voxels of the target grid.
+
+    Parameters
+    ----------
+    source_shape, source_affine
+        The grid that volumes come on.
+    shape, affine
+        The target grid.
+    voxels
+        (voxel,) numbers of the target voxels to compute, x fastest.
+
+    Attributes
+    ----------
+    touched
+        (touched,) numbers of the source voxels that are needed, x fastest, ascending.
+    matrix
+        (voxel, touched) float32 CSR.
+    """
+
+    def __init__(
+        self,
+        source_shape: Shape,
+        source_affine: Affine,
+        shape: Shape,
+        affine: Affine,
+        voxels: npt.NDArray[np.intp],
+    ):
+        points = source_coordinates(voxels, shape, affine, source_affine)
+        inside = _inside(points, source_shape)
+        corner = np.floor(points)
+        fraction = points - corner
+        columns = np.zeros((len(voxels), 8), dtype=np.intp)
+        weights = np.zeros((len(voxels), 8), dtype=np.float32)
+        for k, step in enumerate(itertools.product((0, 1), repeat=3)):
+            shift = np.array(step)[:, None]
+            # A corner beyond the last voxel has weight 0; clipping keeps its number valid.
+            at = np.minimum(corner.astype(np.intp) + shift, np.array(source_shape)[:, None] - 1)
+            at = np.maximum(at, 0)
+            columns[:, k] = np.ravel_multi_index(tuple(at), source_shape, order="F")
+            weights[:, k] = np.where(shift, fraction, 1 - fraction).prod(axis=0) * inside
+        used = weights != 0
+        self.touched = np.unique(columns[used])
+        starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
+        self.matrix = scipy.sparse.csr_array(
+            (
+                weights[used],
+                np.searchsorted(self.touched, columns[used]).astype(np.int32),
+                starts.astype(np.int32),
+            ),
+            shape=(len(voxels), len(self.touched)),
+        )
+
+    def gather(self, volumes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Take the needed source voxels: (volume, source voxel) -> (volume, touched)."""
+        return volumes.take(self.touched, axis=1)
+
+    def apply(self, gathered: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Interpolate: (volume, touched) of any type -> (volume, voxel) float32."""
+        # With voxels along rows each matrix entry meets a run of neighbouring volumes, which is
+        # what makes this faster than one product a volume.
+        columns = gathered.T.astype(np.float32, order="C")
+        return np.ascontiguousarray((self.matrix @ columns).T)
+
+
+def _inside(points: npt.NDArray[np.float64], shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    last = np.array(shape)[:, None] - 1
+    return np.asarray(((points >= 0) & (points <= last)).all(axis=0))

@@ -1,0 +1,77 @@
+"""What the Zarr stores of the data stages have in common.
+
+Values are stored as float16 with a linear code, which xarray undoes by itself (CF conventions,
+`scale_factor` and `add_offset`). A store carries a key, the digest of what it was made from, so
+that a stage can tell whether it has to be made again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.errors
+
+FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Code:
+    """How values are stored: value = stored * scale + offset."""
+
+    scale: float
+    offset: float
+
+    def encode(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Original units -> stored units, still float32."""
+        return (values - np.float32(self.offset)) * np.float32(1 / self.scale)
+
+    def half_step(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Half the distance between neighbouring stored values, in original units."""
+        stored = np.abs((values - self.offset) / self.scale).astype(np.float16)
+        return np.spacing(stored).astype(np.float64) * self.scale / 2
+
+    @property
+    def attributes(self) -> dict[str, float]:
+        """The code as CF attributes."""
+        return {"scale_factor": self.scale, "add_offset": self.offset}
+
+
+def finished(store: Path, key: str) -> dict[str, Any] | None:
+    """Attributes of a store that was made from the same inputs and settings, if there is one."""
+    if not store.exists():
+        return None
+    try:
+        attributes = dict(zarr.open_group(store, mode="r").attrs)
+    except (OSError, ValueError, KeyError, zarr.errors.BaseZarrError):
+        return None
+    return attributes if attributes.get("key") == key else None
+
+
+def add_array(
+    group: zarr.Group, name: str, data: npt.NDArray[Any], dims: list[str], **attributes: Any
+) -> None:
+    """Write a small array as one uncompressed chunk with named dimensions."""
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        chunks=data.shape,
+        dtype=data.dtype,
+        compressors=None,
+        dimension_names=dims,
+        attributes=attributes,
+    )
+    array[...] = data
+
+
+def finish(group: zarr.Group, attributes: dict[str, Any]) -> None:
+    """Set a store's attributes and consolidate its metadata, without which xarray warns."""
+    group.update_attributes(attributes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        zarr.consolidate_metadata(group.store)

@@ -1,0 +1,371 @@
+"""Tokens: the patches of a run that hold brain, packed so that any window is one short read.
+
+Design choices
+--------------
+- Which patches are kept is the run's own affair: it follows from the run's mask alone, so what a
+  model says about a run cannot depend on the runs that share its batch.
+- Values are uncompressed and a chunk is one time patch of all tokens. `TokenStore` finds chunks
+  through the shard's index and reads their bytes straight into the output.
+- Statistics lie beside the values, and normalisation happens at load.
+
+Token order: x slowest, z fastest. Value order inside a token: (t, z, y, x), x fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.errors
+
+import neuromamba
+from neuromamba.config import Config, Tokens
+from neuromamba.files import InputError, atomic_path, digest_json, read_json
+from neuromamba.layout import Layout
+from neuromamba.shards import ShardedArray
+from neuromamba.stage import process_runs, usable_runs
+from neuromamba.store import add_array, finish, finished
+
+Normalization = Literal["global", "voxel"]
+
+FORMAT = 1
+"""Raised when the same volumes would give another store, so that old stores are made again."""
+
+
+@dataclass(frozen=True)
+class PatchIndex:
+    """The brain patches of one run.
+
+    Attributes
+    ----------
+    grid_index
+        (token, 3) int16 number of the patch along x, y, z.
+    center
+        (token, 3) float32 centre of the patch along x, y, z; the grid spans [0, 1].
+    voxels
+        (token, patch**3) numbers of the patch's voxels in the volume, x fastest; in a patch
+        too, x is fastest.
+    patch_grid
+        Patches along x, y, z.
+    """
+
+    grid_index: npt.NDArray[np.int16]
+    center: npt.NDArray[np.float32]
+    voxels: npt.NDArray[np.intp]
+    patch_grid: tuple[int, int, int]
+
+
+def index_patches(mask: npt.NDArray[np.bool_], patch: int, brain_fraction: float) -> PatchIndex:
+    """Find the patches that count as brain.
+
+    Parameters
+    ----------
+    mask
+        (z, y, x) brain mask; `patch` divides each edge.
+    patch
+        Edge of a patch in voxels.
+    brain_fraction
+        Least share of brain voxels; 0 asks for one voxel.
+    """
+    grid = tuple(edge // patch for edge in mask.shape)
+    blocks = mask.reshape(grid[0], patch, grid[1], patch, grid[2], patch)
+    brain = blocks.sum(axis=(1, 3, 5)).T
+    # Rounding up in whole voxels: 0.1 of 216 voxels is 22, whatever 0.1 is in binary.
+    least = max(1, int(np.ceil(brain_fraction * patch**3 - 1e-9)))
+    grid_index = np.argwhere(brain >= least)
+    strides = np.array([1, mask.shape[2], mask.shape[2] * mask.shape[1]])
+    z, y, x = np.indices((patch,) * 3).reshape(3, -1)
+    inside = np.stack([x, y, z], axis=1) @ strides
+    return PatchIndex(
+        grid_index=grid_index.astype(np.int16),
+        center=((grid_index + 0.5) / brain.shape).astype(np.float32),
+        voxels=(grid_index * patch @ strides)[:, None] + inside,
+        patch_grid=(brain.shape[0], brain.shape[1], brain.shape[2]),
+    )
+
+
+def run_tokens(config: Config, dataset: str, batch: int) -> None:
+    """Make `tokens/{run}.zarr` for each run whose volumes the same batch made, and the manifest.
+
+    Raises
+    ------
+    InputError
+        When more runs than `compute.max_excluded` cannot be used, or the disk is full.
+    """
+    layout = Layout(Path(config.results), dataset)
+    runs = usable_runs([layout.manifest("volumes", batch)])
+
+    def make(run: str) -> dict[str, Any]:
+        source, target = layout.array("volumes", run), layout.array("tokens", run)
+        return make_tokens(source, target, config.tokens, config.volumes.shard_volumes)
+
+    process_runs(
+        "tokens", runs, make, layout.manifest("tokens", batch), config.compute.max_excluded
+    )
+
+
+def make_tokens(source: Path, target: Path, tokens: Tokens, shard_volumes: int) -> dict[str, Any]:
+    """Pack the brain tokens of one run's volumes, unless they are there already.
+
+    Parameters
+    ----------
+    source
+        The run's volumes.
+    target
+        Where the store goes; it appears there only when it is whole.
+    tokens
+        Patch size and brain rule.
+    shard_volumes
+        Volumes a file holds.
+
+    Returns
+    -------
+    dict
+        `n_tokens` and `n_time_patches`.
+
+    Raises
+    ------
+    InputError
+        When the volumes are unreadable, too short for one time patch, or no patch counts as brain.
+    """
+    try:
+        volumes = zarr.open_group(source, mode="r")
+        key = digest_json(
+            [FORMAT, volumes.attrs["key"], tokens.model_dump(mode="json"), shard_volumes]
+        )
+        attributes = finished(target, key)
+        if attributes is None:
+            attributes = _pack(volumes, target, tokens, shard_volumes, key)
+    except (zarr.errors.BaseZarrError, FileNotFoundError, KeyError, ValueError, RuntimeError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(
+            f"{source}: these volumes are damaged ({e}); delete them and make them again"
+        ) from e
+    return {name: attributes[name] for name in ("n_tokens", "n_time_patches")}
+
+
+def _pack(
+    volumes: zarr.Group, target: Path, tokens: Tokens, shard_volumes: int, key: str
+) -> dict[str, Any]:
+    """Write the token store; return its attributes."""
+    bold, mask = _array(volumes, "bold"), np.asarray(_array(volumes, "mask")[...])
+    patches = index_patches(mask, tokens.patch, tokens.brain_fraction)
+    n_tokens, n_time_patches = len(patches.center), bold.shape[0] // tokens.time_patch
+    run = volumes.attrs["run"]
+    if not n_time_patches:
+        raise InputError(f"{run}: has fewer volumes than tokens.time_patch = {tokens.time_patch}")
+    if not n_tokens:
+        raise InputError(
+            f"{run}: no patch has a share of {tokens.brain_fraction:g} brain voxels; look at its "
+            "brain mask, or lower tokens.brain_fraction"
+        )
+    attributes = {
+        **volumes.attrs,
+        **tokens.model_dump(mode="json"),
+        "key": key,
+        "volumes_key": volumes.attrs["key"],
+        "patch_grid": list(patches.patch_grid),
+        "n_tokens": n_tokens,
+        "n_time_patches": n_time_patches,
+        "neuromamba_version": neuromamba.__version__,
+    }
+    row = (n_tokens, tokens.time_patch * tokens.patch**3)
+    with atomic_path(target) as temporary:
+        group = zarr.create_group(temporary, zarr_format=3)
+        values = group.create_array(
+            "values",
+            shape=(n_time_patches, *row),
+            chunks=(1, *row),
+            shards=(shard_volumes // tokens.time_patch, *row),
+            dtype="float16",
+            compressors=None,
+            fill_value=np.nan,
+            dimension_names=["time_patch", "token", "value"],
+            attributes={
+                "long_name": "BOLD signal, NaN outside the brain mask",
+                "scale_factor": bold.attrs["scale_factor"],
+                "add_offset": bold.attrs["add_offset"],
+            },
+            # `TokenStore` counts on every chunk being there.
+            config={"write_empty_chunks": True},
+        )
+        _copy_values(bold, values, patches, mask, tokens.time_patch)
+        _add_index(group, volumes, patches)
+        finish(group, attributes)
+    return attributes
+
+
+def _copy_values(
+    bold: zarr.Array[Any],
+    values: zarr.Array[Any],
+    patches: PatchIndex,
+    mask: npt.NDArray[np.bool_],
+    time_patch: int,
+) -> None:
+    """Gather the tokens' voxels from the volumes, a shard at a time, in stored units."""
+    assert values.shards is not None
+    length = values.shards[0]
+    witness = np.flatnonzero(mask)[0]
+    for start in range(0, values.shape[0], length):
+        stop = min(start + length, values.shape[0])
+        volumes = np.asarray(bold[start * time_patch : stop * time_patch])
+        volumes = volumes.reshape(len(volumes), -1)
+        # zarr fills in for a file that is missing; a brain voxel is NaN only there.
+        if np.isnan(volumes[:, witness]).any():
+            raise ValueError(f"parts of volumes {start * time_patch} and after are missing")
+        packed = np.empty(
+            (stop - start, values.shape[1], time_patch, patches.voxels.shape[1]), "f2"
+        )
+        for i, volume in enumerate(volumes):
+            packed[i // time_patch, :, i % time_patch] = volume[patches.voxels]
+        values[start:stop] = packed.reshape(stop - start, *values.shape[1:])
+
+
+def _add_index(group: zarr.Group, volumes: zarr.Group, patches: PatchIndex) -> None:
+    """Write where the tokens lie, and their voxels' statistics."""
+    axes = {"axis_order": "x, y, z"}
+    add_array(group, "center", patches.center, ["token", "axis"], **axes)
+    add_array(group, "grid_index", patches.grid_index, ["token", "axis"], **axes)
+    for name in ("mean", "sd"):
+        values = np.asarray(_array(volumes, name)[...]).ravel()[patches.voxels]
+        add_array(group, name, values, ["token", "voxel"], long_name=f"{name} over time")
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise KeyError(f"{name} is not an array")
+    return array
+
+
+class TokenStore:
+    """Random windows of one run's tokens.
+
+    Parameters
+    ----------
+    path
+        A `tokens/{run}.zarr`.
+
+    Attributes
+    ----------
+    attrs
+        The store's attributes, among them `run`, `subject`, `repetition_time`, `affine`,
+        `global_mean` and `global_sd`.
+    n_time_patches, n_tokens, n_values
+        Shape of the values.
+    center
+        (token, 3) float32 centre (x, y, z) of each patch in [0, 1].
+    grid_index
+        (token, 3) int16 number of each patch along x, y, z.
+    mean, sd
+        (token, patch**3) float32 statistics over time of each voxel in original units; NaN
+        outside the brain mask.
+
+    Raises
+    ------
+    InputError
+        When the store is absent or damaged; damage to the values shows when they are read.
+
+    Notes
+    -----
+    No file stays open, so that any number of stores can be kept. Reading a store costs nothing
+    but its metadata until values or statistics are asked for.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.attrs: dict[str, Any] = read_json(self.path / "zarr.json")["attributes"]
+        self._values = ShardedArray(self.path / "values")
+        self.n_time_patches, self.n_tokens, self.n_values = self._values.shape
+        self.run: str = self.attrs["run"]
+        self.subject: str = self.attrs["subject"]
+
+    @cached_property
+    def center(self) -> npt.NDArray[np.float32]:
+        return self._read("center")
+
+    @cached_property
+    def grid_index(self) -> npt.NDArray[np.int16]:
+        return self._read("grid_index")
+
+    @cached_property
+    def mean(self) -> npt.NDArray[np.float32]:
+        return self._read("mean")
+
+    @cached_property
+    def sd(self) -> npt.NDArray[np.float32]:
+        return self._read("sd")
+
+    def window(self, start_patch: int, n_patches: int) -> npt.NDArray[np.float16]:
+        """Copy `n_patches` time patches: (time patch, token, value) float16 in stored units.
+
+        A value is `stored * scale_factor + add_offset`, NaN outside the brain mask.
+        """
+        out = np.empty((n_patches, self.n_tokens, self.n_values), dtype=np.float16)
+        self._values.read(start_patch, out)
+        return out
+
+    def normalized(
+        self, start_patch: int, n_patches: int, normalization: Normalization
+    ) -> npt.NDArray[np.float32]:
+        """Copy a window in units of SD: (time patch, token, value) float32, 0 outside the brain.
+
+        Parameters
+        ----------
+        start_patch, n_patches
+            The window.
+        normalization
+            `global`: minus the run's mean over brain and time, divided by its SD. `voxel`: minus
+            each voxel's own mean over time, divided by its own SD.
+        """
+        stored = self.window(start_patch, n_patches)
+        out = np.empty(stored.shape, dtype=np.float32)
+        for row, values in zip(out, stored.view(np.uint16), strict=True):
+            self._decoded.take(values, out=row, mode="clip")
+            if normalization == "voxel":
+                gain, shift = self._voxel_code
+                row *= gain
+                row += shift
+        return out
+
+    def mean_normalized(self, normalization: Normalization) -> npt.NDArray[np.float32]:
+        """What predicting each voxel's mean is in these units: (token, value) float32."""
+        repeats = self.n_values // self.mean.shape[1]
+        if normalization == "voxel":
+            return np.zeros((self.n_tokens, self.n_values), dtype=np.float32)
+        mean = (self.mean - self.attrs["global_mean"]) / self.attrs["global_sd"]
+        return np.tile(np.nan_to_num(mean).astype(np.float32), (1, repeats))
+
+    @cached_property
+    def _decoded(self) -> npt.NDArray[np.float32]:
+        """The `global` value of each of the 65536 float16 numbers; twice as fast as arithmetic."""
+        stored = np.arange(2**16).astype(np.uint16).view(np.float16).astype(np.float64)
+        scale, offset = self._values.attrs["scale_factor"], self._values.attrs["add_offset"]
+        values = (stored * scale + offset - self.attrs["global_mean"]) / self.attrs["global_sd"]
+        return np.where(np.isfinite(stored), values, 0).astype(np.float32)
+
+    @cached_property
+    def _voxel_code(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """What leads from `global` units to `voxel` units; 0 and 0 outside the brain."""
+        repeats = self.n_values // self.mean.shape[1]
+        sd = self.sd.astype(np.float64)
+        gain = np.nan_to_num(self.attrs["global_sd"] / sd)
+        shift = np.nan_to_num((self.attrs["global_mean"] - self.mean) / sd)
+        return (
+            np.tile(gain, (1, repeats)).astype(np.float32),
+            np.tile(shift, (1, repeats)).astype(np.float32),
+        )
+
+    def _read(self, name: str) -> npt.NDArray[Any]:
+        try:
+            return np.asarray(_array(zarr.open_group(self.path, mode="r"), name)[...])
+        except (zarr.errors.BaseZarrError, OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{self.path}: this token store is damaged ({error}); delete it and make it again"
+            ) from error

@@ -1,0 +1,274 @@
+"""Volumes: every run on one grid in MNI space, as a sharded Zarr store that xarray opens.
+
+Design choices
+--------------
+- The grid's centre is a constant of this module and the affine does the rest: fMRIPrep's and FSL's
+  grids start half a millimetre apart, so hard-coded crops would be wrong for one of them.
+- The data is written once, as float16 in units of the brain's spatial SD (a linear code that
+  xarray undoes); normalisation is stored as statistics beside it and applied at load.
+- One chunk holds one time patch, one shard is one file and is written whole.
+- A voxel that does not vary by at least half a step of the stored precision carries no signal; it
+  leaves the brain mask. Which ones is known only at the end: they are guessed from the first
+  volumes, and where the guess was wrong the run is streamed once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import ZstdCodec
+
+import neuromamba
+from neuromamba.brain import BrainStream
+from neuromamba.config import Config, Volumes
+from neuromamba.files import InputError, atomic_path, digest_file, digest_json
+from neuromamba.layout import Layout
+from neuromamba.moments import Floats, Moments
+from neuromamba.nifti import read_header
+from neuromamba.stage import process_runs, runs_of_batch, usable_runs
+from neuromamba.store import FLOAT16_MAX, Code, add_array, finish, finished
+from neuromamba.tables import read_table
+
+FORMAT = 1
+"""Raised when the same inputs would give another store, so that old stores are made again."""
+CENTRE_MM = (0.5, -17.5, 4.5)
+"""Centre of the field of view, MNI mm. The brain of MNI152NLin2009cAsym (2 mm mask: x -72.5..71.5,
+y -108.5..71.5, z -72.5..81.5) lies inside 96 voxels of 2 mm with at least 2 to spare on each side,
+and the grid falls on that of fMRIPrep's `res-2`, whose values are therefore copied unchanged."""
+PROBE_VOLUMES = 10
+"""Volumes that the storage scale and the guess of the constant voxels come from."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One run's files and facts, as the index lists them."""
+
+    run: str
+    subject: str
+    bold: Path
+    mask: Path
+    space: str
+    repetition_time: float
+
+
+def target_affine(volumes: Volumes) -> npt.NDArray[np.float64]:
+    """Affine of the target grid: (4, 4), voxel indices (x, y, z) to MNI mm, axes to R, A, S."""
+    affine = np.diag([volumes.voxel_size] * 3 + [1.0])
+    affine[:3, 3] = CENTRE_MM - volumes.voxel_size * (np.array(volumes.shape) - 1) / 2
+    return affine
+
+
+def run_volumes(config: Config, dataset: str, batch: int) -> None:
+    """Make `volumes/{run}.zarr` for each usable run of a batch, and the batch's manifest.
+
+    Raises
+    ------
+    InputError
+        When more runs than `compute.max_excluded` cannot be used, or the disk is full.
+    """
+    layout = Layout(Path(config.results), dataset)
+    index = read_table(layout.index, dtype=str).set_index("run")
+    runs = runs_of_batch(usable_runs([layout.index]), batch, config.compute.batches)
+
+    def make(run: str) -> dict[str, Any]:
+        row = index.loc[run].to_dict()
+        source = Source(
+            run=run,
+            subject=row["subject"],
+            bold=Path(row["bold"]),
+            mask=Path(row["mask"]),
+            space=config.datasets[dataset].space,
+            repetition_time=float(row["repetition_time"]),
+        )
+        target = layout.array("volumes", run)
+        return make_volumes(source, target, config.volumes, config.tokens.time_patch)
+
+    process_runs(
+        "volumes", runs, make, layout.manifest("volumes", batch), config.compute.max_excluded
+    )
+
+
+def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int) -> dict[str, Any]:
+    """Resample one run to the grid and write its store, unless it is there already.
+
+    Parameters
+    ----------
+    source
+        The run.
+    target
+        Where the store goes; it appears there only when it is whole.
+    volumes
+        Grid and storage.
+    time_patch
+        Volumes in a chunk.
+
+    Returns
+    -------
+    dict
+        `n_volumes`, `n_voxels` (in the brain mask), `n_constant_voxels` (left out of it).
+
+    Raises
+    ------
+    InputError
+        When the run cannot be used: unreadable, truncated or 3D; too few volumes; NaN in the
+        brain; a mask that is empty or on another grid; no voxel that varies.
+    """
+    header = read_header(source.bold)
+    if not header.is_series:
+        raise InputError(f"{source.bold}: is 3D; a BOLD run has a time axis")
+    if header.n_volumes < volumes.min_volumes:
+        raise InputError(
+            f"{source.bold}: has {header.n_volumes} volumes, fewer than volumes.min_volumes = "
+            f"{volumes.min_volumes}; lower that setting if the run is to be used"
+        )
+    facts: dict[str, Any] = {
+        "run": source.run,
+        "subject": source.subject,
+        "space": source.space,
+        "repetition_time": source.repetition_time,
+        "source": str(source.bold),
+        "source_sha256": digest_file(source.bold),
+        "mask_source": str(source.mask),
+        "mask_sha256": digest_file(source.mask) if source.mask.is_file() else None,
+    }
+    facts["key"] = digest_json([FORMAT, facts, volumes.model_dump(mode="json"), time_patch])
+    attributes = finished(target, facts["key"])
+    if attributes is None:
+        stream = BrainStream(header, source.mask, volumes.shape, target_affine(volumes))
+        attributes = _convert(stream, target, facts, volumes, time_patch)
+    return {name: attributes[name] for name in ("n_volumes", "n_voxels", "n_constant_voxels")}
+
+
+def _convert(
+    stream: BrainStream, target: Path, facts: dict[str, Any], volumes: Volumes, time_patch: int
+) -> dict[str, Any]:
+    """Stream a run into a store at `target`; return the store's attributes."""
+    code, constant = _probe(stream)
+    with atomic_path(target) as temporary:
+        group = zarr.create_group(temporary, zarr_format=3)
+        bold = _create_bold(group, stream.header.n_volumes, volumes, time_patch, code)
+        while True:
+            moments = _write(bold, stream, code, constant)
+            found = _constant(moments, code)
+            if found.all():
+                raise InputError(
+                    f"{stream.header.path}: no voxel of the brain mask varies over time; "
+                    "preprocess the run again, or leave it out"
+                )
+            if (found == constant).all():
+                break
+            constant = found
+        voxels = stream.voxels[~constant]
+        mean, sd = moments.mean()[~constant], moments.sd()[~constant]
+        _add_maps(group, voxels, mean, sd, volumes, facts["repetition_time"], moments.n)
+        attributes = facts | {
+            "affine": target_affine(volumes).tolist(),
+            "interpolation": "linear",
+            "global_mean": float(mean.mean()),
+            "global_sd": float(np.sqrt(np.mean(sd**2) + np.var(mean))),
+            "n_volumes": moments.n,
+            "n_voxels": len(voxels),
+            "n_constant_voxels": int(constant.sum()),
+            "neuromamba_version": neuromamba.__version__,
+        }
+        finish(group, attributes)
+    return attributes
+
+
+def _probe(stream: BrainStream) -> tuple[Code, npt.NDArray[np.bool_]]:
+    """Storage code and likely constant voxels, from the first volumes of a run."""
+    volumes: list[Floats] = []
+    for block in stream.blocks(ahead=0):
+        volumes.append(block)
+        if sum(map(len, volumes)) >= PROBE_VOLUMES:
+            break
+    first = np.concatenate(volumes)[:PROBE_VOLUMES]
+    sd = float(first.std(dtype=np.float64))
+    code = Code(scale=sd or 1.0, offset=float(first.mean(dtype=np.float64)))
+    moments = Moments(first[0])
+    moments.add(first)
+    return code, moments.sd() == 0
+
+
+def _constant(moments: Moments, code: Code) -> npt.NDArray[np.bool_]:
+    return np.asarray(moments.sd() <= code.half_step(moments.mean()))
+
+
+def _create_bold(
+    group: zarr.Group, n_volumes: int, volumes: Volumes, time_patch: int, code: Code
+) -> zarr.Array[Any]:
+    grid = volumes.shape[::-1]
+    return group.create_array(
+        "bold",
+        shape=(n_volumes, *grid),
+        chunks=(time_patch, *grid),
+        shards=(volumes.shard_volumes, *grid),
+        dtype="float16",
+        compressors=ZstdCodec(level=volumes.compression_level),
+        fill_value=np.nan,
+        dimension_names=["time", "z", "y", "x"],
+        attributes={"long_name": "BOLD signal, NaN outside the brain mask", **code.attributes},
+        # Looking for empty chunks costs more than compressing, and there are none.
+        config={"write_empty_chunks": True},
+    )
+
+
+def _write(
+    bold: zarr.Array[Any], stream: BrainStream, code: Code, left_out: npt.NDArray[np.bool_]
+) -> Moments:
+    """Write a run's volumes shard by shard; return all voxels' moments, also of those left out."""
+    length = bold.shards[0] if bold.shards else bold.shape[0]
+    shard = np.full((length, *bold.shape[1:]), np.nan, dtype=np.float16)
+    flat = shard.reshape(length, -1)
+    blocks = stream.blocks()
+    moments = None
+    done = 0
+    for values in blocks:
+        moments = moments or Moments(values[0].copy())
+        moments.add(values)
+        stored = code.encode(values)
+        if not max(stored.max(), -stored.min()) < FLOAT16_MAX:
+            raise InputError(
+                f"{stream.header.path}: from volume {done} on (counted from 0) there are values "
+                f"over {FLOAT16_MAX:g} times the brain's SD from its mean; look for artefacts"
+            )
+        stored[:, left_out] = np.nan
+        for volume in stored.astype(np.float16):
+            flat[done % length, stream.voxels] = volume
+            done += 1
+            if done % length == 0 or done == bold.shape[0]:
+                start = (done - 1) // length * length
+                bold[start:done] = shard[: done - start]
+    assert moments is not None
+    return moments
+
+
+def _add_maps(
+    group: zarr.Group,
+    voxels: npt.NDArray[np.intp],
+    mean: npt.NDArray[np.float64],
+    sd: npt.NDArray[np.float64],
+    volumes: Volumes,
+    repetition_time: float,
+    n_volumes: int,
+) -> None:
+    """Write the mask, the statistics and the coordinates."""
+    space = ["z", "y", "x"]
+    grid = volumes.shape[::-1]
+    mask = np.zeros(np.prod(grid), dtype=bool)
+    mask[voxels] = True
+    add_array(group, "mask", mask.reshape(grid), space, long_name="brain mask")
+    for name, values in (("mean", mean), ("sd", sd)):
+        volume = np.full(mask.shape, np.nan, dtype=np.float32)
+        volume[voxels] = values
+        add_array(group, name, volume.reshape(grid), space, long_name=f"{name} over time")
+    affine = target_affine(volumes)
+    for axis, name in enumerate("xyz"):
+        mm = affine[axis, 3] + affine[axis, axis] * np.arange(volumes.shape[axis])
+        add_array(group, name, mm, [name], units="mm")
+    add_array(group, "time", np.arange(n_volumes) * repetition_time, ["time"], units="s")

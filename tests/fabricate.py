@@ -1,0 +1,134 @@
+"""Small results trees in the form that the stages leave them, made without running the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray
+import zarr
+
+from neuromamba.config import Config
+from neuromamba.layout import Layout
+from neuromamba.rois import run_rois
+from neuromamba.store import finish
+from neuromamba.tables import write_table
+
+GRID = (12, 12, 12)
+VOXEL = 8.0
+REPETITION_TIME = 2.0
+
+
+def make_config(folder: Path, **changes: Any) -> Config:
+    """A config of one dataset `toy` with the targets `sex` and `age`, results under `folder`."""
+    dataset = {
+        "derivatives": str(folder / "derivatives"),
+        "participants": {"file": str(folder / "participants.tsv"), "site_column": "site"},
+        "targets": {
+            "sex": {
+                "kind": "classification",
+                "column": "sex",
+                "classes": {"female": "F", "male": "M"},
+            },
+            "age": {"kind": "regression", "column": "age"},
+        },
+        **changes.pop("dataset", {}),
+    }
+    raw = {
+        "results": str(folder / "results"),
+        "datasets": {"toy": dataset},
+        "models": {"small": {"family": "neuromamba"}},
+        "volumes": {"shape": GRID, "voxel_size": VOXEL, "shard_volumes": 8},
+        "rois": {"cube": 24.0},
+        "evaluate": {"bootstrap": 200, "inner_folds": 3},
+        **changes,
+    }
+    return Config.model_validate(raw)
+
+
+def make_participants(folder: Path, n: int, seed: int = 0) -> pd.DataFrame:
+    """Write `participants.tsv`: sexes and ages spread over two sites."""
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"participant_id": [f"sub-{i:03}" for i in range(n)]})
+    table["sex"] = np.where(np.arange(n) % 3 == 0, "F", "M")
+    table["age"] = np.round(rng.uniform(20, 80, size=n), 1)
+    table["site"] = np.where(np.arange(n) % 2 == 0, "north", "south")
+    write_table(folder / "participants.tsv", table)
+    return table
+
+
+def ball(shape: tuple[int, int, int] = GRID, radius: float = 4.5) -> np.ndarray:
+    """A round brain mask, (z, y, x) bool."""
+    centre = (np.array(shape) - 1) / 2
+    away = np.indices(shape[::-1]) - centre[::-1, None, None, None]
+    return np.sqrt((away**2).sum(axis=0)) <= radius
+
+
+def write_volumes(
+    path: Path, run: str, bold: np.ndarray, mask: np.ndarray, voxel: float = VOXEL
+) -> None:
+    """Write a volumes store by its contract: float16 with scale and offset, NaN outside brain.
+
+    `bold` is (time, z, y, x) in original units.
+    """
+    scale, offset = float(bold[:, mask].std()), float(bold[:, mask].mean())
+    stored = np.where(mask, (bold - offset) / scale, np.nan).astype(np.float16)
+    shape = mask.shape[::-1]
+    affine = np.diag([voxel] * 3 + [1.0])
+    affine[:3, 3] = -voxel * (np.array(shape) - 1) / 2
+    space = ("z", "y", "x")
+    outside = {"scale_factor": scale, "add_offset": offset}
+    data = xarray.Dataset(
+        {
+            "bold": (("time", *space), stored, outside),
+            "mask": (space, mask.astype(np.uint8)),
+            "mean": (space, np.where(mask, bold.mean(axis=0), np.nan).astype(np.float32)),
+            "sd": (space, np.where(mask, bold.std(axis=0), np.nan).astype(np.float32)),
+        },
+        coords={"time": ("time", np.arange(len(bold)) * REPETITION_TIME, {"units": "s"})},
+        attrs={
+            "affine": affine.tolist(),
+            "space": "MNI152NLin2009cAsym",
+            "repetition_time": REPETITION_TIME,
+            "run": run,
+            "subject": run.split("_")[0],
+            "key": f"key of {run}",
+        },
+    )
+    encoding = {"bold": {"chunks": (2, *mask.shape), "shards": (8, *mask.shape)}}
+    data.to_zarr(path, zarr_format=3, consolidated=False, encoding=encoding)
+    finish(zarr.open_group(path), {})
+
+
+def make_bold(subject: Mapping[str, Any], times: int = 24) -> np.ndarray:
+    """A signal whose left-right correlation is stronger in men and weaker with age."""
+    rng = np.random.default_rng(int(str(subject["participant_id"])[4:]) + 1)
+    shared = rng.normal(size=(times, 1, 1, 1))
+    strength = 0.3 + (subject["sex"] == "M") * 0.9 + (80 - subject["age"]) / 60
+    signal = rng.normal(size=(times, *GRID[::-1]))
+    halves = np.sign(np.arange(GRID[0]) - GRID[0] / 2 + 0.5)
+    return 1000 + 10 * (signal + strength * shared * np.where(halves > 0, 1, 0.8))
+
+
+def make_data(folder: Path, n: int = 30, config: Config | None = None) -> Config:
+    """Index, volumes, tokens (manifest only), ROI stores and labels of `n` subjects."""
+    config = config or make_config(folder)
+    layout = Layout(Path(config.results), "toy")
+    participants = make_participants(folder, n)
+    rows, runs = [], []
+    for subject in participants.to_dict("records"):
+        name = subject["participant_id"]
+        run = f"{name}_task-rest"
+        runs.append(run)
+        path = layout.array("volumes", run)
+        write_volumes(path, run, make_bold(subject), ball())
+        rows.append({"run": run, "subject": name, "n_volumes": 24, "task": "rest", "reason": None})
+    write_table(layout.index, pd.DataFrame(rows))
+    made = pd.DataFrame({"run": runs, "reason": None})
+    for stage in ("volumes", "tokens"):
+        write_table(layout.manifest(stage, 0), made)
+    run_rois(config, "toy", 0)
+    return config

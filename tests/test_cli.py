@@ -1,0 +1,48 @@
+"""The command line: help for each stage, and errors a person can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neuromamba.cli import main
+
+STAGES = ["demo-data", "index", "volumes", "tokens", "rois", "splits"]
+STAGES += ["pretrain", "finetune", "evaluate", "report", "summary"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_explains_itself(stage: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main([stage, "--help"])
+    assert caught.value.code == 0
+    assert "usage: neuromamba " + stage in capsys.readouterr().out
+
+
+@pytest.fixture
+def config(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    files = [str(root / "config" / name) for name in ("config.yaml", "demo.yaml")]
+    return ["--config", *files]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["index"], "data/demo"),
+        (["index", "--dataset", "other"], "the config has demo; 'other' is none of them"),
+        (["volumes"], "index.tsv does not exist"),
+        (["volumes", "--batch", "7"], "compute.batches allows 0 to 1"),
+        (["pretrain", "--model", "other"], "the config has neuromamba-tiny"),
+        (["finetune", "--target", "height"], "the config has sex, age"),
+        (["index", "--set", "volumes.size=3"], "unknown key 'volumes.size'"),
+    ],
+)
+def test_mistakes_end_with_one_message(
+    config: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+):
+    assert main([*arguments, *config]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"neuromamba {arguments[0]}: error: ")
+    assert words in error

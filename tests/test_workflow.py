@@ -1,0 +1,137 @@
+"""The whole workflow on a tiny dataset, by Snakemake: what runs, and what runs again."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from neuromamba.demo import write_demo
+from neuromamba.tables import read_table
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("snakemake", reason="the workflow extra is not installed")
+
+
+def snakemake(folder: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+    command += ["--directory", str(folder), "--cores", "2", "--configfile", "tiny.yaml"]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def planned_jobs(folder: Path, root: Path, *arguments: str) -> dict[str, int]:
+    """How many jobs of each rule a dry run announces."""
+    done = snakemake(folder, root, "--dry-run", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout + done.stderr
+    if "Nothing to be done" in text:
+        return {}
+    table = text.split("Job stats:")[1].split("total")[0]
+    return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def folder(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which `snakemake all` has run, one of whose scans is damaged."""
+    folder = tmp_path_factory.mktemp("workflow")
+    shutil.copytree(root / "config", folder / "config")
+    shutil.copy(root / "tests" / "tiny.yaml", folder / "tiny.yaml")
+    shutil.copy(root / "tests" / "tiny-model.yaml", folder / "config" / "models" / "tiny.yaml")
+    write_demo(folder / "data" / "tiny", subjects=16, volumes=24, voxel_size=8.0, seed=0)
+    damaged = sorted((folder / "data" / "tiny").rglob("*_desc-preproc_bold.nii.gz"))[5]
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    done = snakemake(folder, root, "all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_everything_is_made(folder: Path):
+    results = folder / "results"
+    assert "<html" in (results / "report" / "index.html").read_text()
+    for target in ("sex", "age"):
+        predictions = read_table(results / f"tiny/tiny/seed-0/evaluate/{target}/predictions.tsv")
+        assert predictions["y_true"].notna().all()
+        assert {"tiny", "fc"} < set(predictions["predictor"])
+        metrics = read_table(results / f"tiny/tiny/seed-0/evaluate/{target}/metrics.tsv")
+        assert set(metrics["predictor"]) == set(predictions["predictor"])
+    assert not list(results.rglob(".tmp-*"))
+
+
+def test_the_damaged_scan_is_left_out_with_a_reason_and_the_others_go_on(folder: Path):
+    excluded = read_table(folder / "results" / "tiny" / "excluded.tsv")
+    assert len(excluded) == 1
+    assert "truncated" in excluded["reason"][0]
+    split = read_table(folder / "results" / "tiny" / "splits" / "holdout.tsv")
+    assert len(split) == 15
+    assert excluded["run"][0].split("_")[0] not in set(split["subject"])
+
+
+def test_predictions_are_for_test_subjects_only(folder: Path):
+    root = folder / "results" / "tiny"
+    split = read_table(root / "splits" / "holdout.tsv").set_index("subject")["part"]
+    predictions = read_table(root / "tiny/seed-0/evaluate/sex/predictions.tsv")
+    assert set(split[predictions["subject"].unique()]) == {"test"}
+
+
+def test_a_second_run_does_nothing(folder: Path, root: Path):
+    assert planned_jobs(folder, root) == {}
+
+
+def test_a_changed_comment_reruns_nothing(folder: Path, root: Path):
+    path = folder / "config" / "config.yaml"
+    path.write_text("# another word\n" + path.read_text())
+    assert planned_jobs(folder, root) == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "rules"),
+    [
+        ("evaluate={bootstrap: 60}", {"evaluate_model": 2}),
+        ("finetune={learning_rate: 0.01}", {"finetune_model": 2, "evaluate_model": 2}),
+        (
+            "pretrain={weight_decay: 0.1}",
+            {"pretrain_model": 1, "finetune_model": 2, "evaluate_model": 2},
+        ),
+        (
+            "tokens={brain_fraction: 0.2}",
+            {
+                "tokens_batch": 2,
+                "split_dataset": 1,
+                "pretrain_model": 1,
+                "finetune_model": 2,
+                "evaluate_model": 2,
+            },
+        ),
+    ],
+)
+def test_a_changed_setting_reruns_its_stage_and_those_below(
+    folder: Path, root: Path, setting: str, rules: dict[str, int]
+):
+    assert planned_jobs(folder, root, "--config", setting) == {**rules, "report": 1, "all": 1}
+
+
+def test_a_changed_fine_tuning_setting_is_carried_out(folder: Path, root: Path):
+    """Runs for real: the checkpoints of the old setting must neither be used nor be in the way."""
+    results = folder / "results" / "tiny" / "tiny" / "seed-0"
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("pretrain/model.*")}
+    text = (folder / "tiny.yaml").read_text()
+    (folder / "tiny.yaml").write_text(text.replace("evaluation_windows: 2", "steps: 6"))
+    done = snakemake(folder, root, "all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = pd.read_json(results / "finetune" / "sex" / "metrics.jsonl", lines=True)
+    assert log["step"].max() == 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert planned_jobs(folder, root) == {}
+
+
+def test_an_unknown_key_stops_before_any_job(folder: Path, root: Path):
+    done = snakemake(folder, root, "--dry-run", "--config", "volumes={voxelsize: 2}")
+    assert done.returncode != 0
+    assert "unknown key 'volumes.voxelsize'" in done.stdout + done.stderr
