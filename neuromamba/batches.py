@@ -26,13 +26,14 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from neuromamba.config import Config, Model, Tokens
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.stage import refuse_if_too_many_excluded
 from neuromamba.tables import read_table
-from neuromamba.tokens import TokenStore
+from neuromamba.token_store import Normalization, TokenStore
 
 Batch = dict[str, Any]
 """Tensors by name, batch first, and the lists `subject` and `run`."""
@@ -89,7 +90,11 @@ class TokenWindows:
     """
 
     def __init__(
-        self, path_of: Callable[[str], Path], volumes: int, tokens: Tokens, normalization: str
+        self,
+        path_of: Callable[[str], Path],
+        volumes: int,
+        tokens: Tokens,
+        normalization: Normalization,
     ) -> None:
         self.n_time_patches = volumes // tokens.time_patch
         self._volumes = volumes
@@ -100,6 +105,11 @@ class TokenWindows:
 
     def positions(self, run: str) -> int:
         store = self._store(run)
+        if store.n_values != self._values:
+            raise InputError(
+                f"{self._path_of(run)}: {store.n_values} values a token where the config's "
+                f"tokens.patch and tokens.time_patch give {self._values}; make the tokens again"
+            )
         n = store.n_time_patches
         if n < self.n_time_patches:
             raise InputError(
@@ -112,11 +122,6 @@ class TokenWindows:
     def read(self, run: str, start: int) -> Sample:
         store = self._store(run)
         tokens = store.normalized(start, self.n_time_patches, self._normalization)
-        if tokens.shape[-1] != self._values:
-            raise InputError(
-                f"{self._path_of(run)}: {tokens.shape[-1]} values a token where the config's "
-                f"tokens.patch and tokens.time_patch give {self._values}; make the tokens again"
-            )
         return {
             "tokens": np.swapaxes(tokens, 0, 1),
             "mean": store.mean_normalized(self._normalization),
@@ -185,7 +190,8 @@ class Windows:
         self._readers = readers
         self._positions: dict[str, int] = {}
         self.left_out: dict[str, str] = {}
-        for run in sorted(run for of_subject in runs.values() for run in of_subject):
+        names = sorted(run for of_subject in runs.values() for run in of_subject)
+        for run in tqdm(names, desc="open", unit="run", delay=2.0, leave=False):
             try:
                 self._positions[run] = min(reader.positions(run) for reader in readers)
             except InputError as error:

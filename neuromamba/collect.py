@@ -140,12 +140,19 @@ def collect_evaluations(config: Config, dataset: str, target: str) -> Iterator[E
                 )
 
 
-def example_run(
-    config: Config, data: Data
-) -> (
-    tuple[str, npt.NDArray[np.float32], npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None] | None
-):
-    """The run whose tSNR is the median: name, mean image, mask and token voxels, all (z, y, x)."""
+@dataclass(frozen=True)
+class Example:
+    """One run to be shown: images (z, y, x), and the height of each slice in mm."""
+
+    run: str
+    mean: npt.NDArray[np.float32]
+    mask: npt.NDArray[np.bool_]
+    tokens: npt.NDArray[np.bool_] | None
+    height: npt.NDArray[np.float64]
+
+
+def example_run(config: Config, data: Data) -> Example | None:
+    """The run whose tSNR is the median; `None` where there are no volumes."""
     if data.runs.empty:
         return None
     order = data.runs.sort_values("tsnr", kind="stable") if "tsnr" in data.runs else data.runs
@@ -155,6 +162,7 @@ def example_run(
         return None
     with xarray.open_zarr(layout.array("volumes", run), chunks=None) as volumes:
         mean, mask = volumes["mean"].values, volumes["mask"].values.astype(bool)
+        affine = np.asarray(volumes.attrs["affine"])
     tokens = None
     if layout.array("tokens", run).exists():
         with xarray.open_zarr(layout.array("tokens", run), chunks=None) as store:
@@ -162,7 +170,8 @@ def example_run(
         kept = np.zeros([n // edge for n in mask.shape], dtype=bool)
         kept[cells[:, 2], cells[:, 1], cells[:, 0]] = True
         tokens = np.kron(kept, np.ones((edge, edge, edge), dtype=bool)).astype(bool)
-    return run, mean, mask, tokens
+    height = affine[2, 3] + affine[2, 2] * np.arange(len(mask))
+    return Example(run, mean, mask, tokens, height)
 
 
 def group_connectivity(config: Config, data: Data) -> tuple[npt.NDArray[np.float64], int] | None:

@@ -226,7 +226,9 @@ def write_metrics(folder: Path, model: str, config: Config) -> None:
     """Compute `comparison.tsv` and `metrics.tsv` from the `predictions.tsv` in `folder`."""
     predictions = read_predictions(folder / "predictions.tsv")
     settings = (config.evaluate.bootstrap, config.evaluate.confidence, config.splits.seed)
-    write_table(folder / "comparison.tsv", compare(predictions, model, FC, *settings))
+    others = [name for name in predictions["predictor"].unique() if name != model]
+    compared = [compare(predictions, model, other, *settings) for other in others]
+    write_table(folder / "comparison.tsv", pd.concat(compared, ignore_index=True))
     write_table(folder / "metrics.tsv", compute_metrics(predictions, *settings))
 
 

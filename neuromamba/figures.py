@@ -120,6 +120,7 @@ def distributions(columns: Mapping[str, pd.Series]) -> str:
             axis.hist(found, bins=min(20, max(5, len(found) // 4)), color=COLOURS[0])
             axis.axvline(float(np.median(found)), color=COLOURS[1], linestyle="--")
             axis.set_title(label)
+            axis.ticklabel_format(useOffset=False, style="plain")
             axis.locator_params(axis="x", nbins=4)
             axis.locator_params(axis="y", nbins=4, integer=True)
         for axis in axes[count:]:
@@ -132,6 +133,7 @@ def brain(
     mean: npt.NDArray[np.floating],
     mask: npt.NDArray[np.bool_],
     tokens: npt.NDArray[np.bool_] | None,
+    height: npt.NDArray[np.floating],
 ) -> str:
     """Axial slices of a mean image with the outlines of the brain mask and of the tokens.
 
@@ -139,22 +141,29 @@ def brain(
     ----------
     mean, mask, tokens
         (z, y, x) on one grid; `tokens` is true in every voxel of a patch that is kept.
+    height
+        (z,) mm of each slice.
     """
-    shown = np.where(mask, np.nan_to_num(mean), np.nan)
+    outline = mask if tokens is None else mask | tokens
+    window = tuple(slice(max(0, found.min() - 1), found.max() + 2) for found in np.nonzero(outline))
     levels = np.flatnonzero(mask.any(axis=(1, 2)))
-    chosen = levels[np.linspace(0, len(levels) - 1, SLICES + 2).round().astype(int)[1:-1]]
-    low, high = np.nanpercentile(shown, [1, 99])
+    chosen = np.unique(levels[np.linspace(0, len(levels) - 1, SLICES + 2).round().astype(int)])[
+        1:-1
+    ]
+    shown = np.where(mask, np.nan_to_num(mean), 0.0)
+    high = np.percentile(shown[mask], 99)
     with matplotlib.rc_context({**STYLE, "image.interpolation": "nearest"}):
-        figure = Figure(figsize=(1.5 * SLICES, 1.9), facecolor="black")
-        axes = figure.subplots(1, SLICES)
-        figure.subplots_adjust(0, 0, 1, 0.88, wspace=0.02)
+        figure = Figure(figsize=(1.5 * len(chosen), 2.1), facecolor="black")
+        axes = figure.subplots(1, len(chosen), squeeze=False)[0]
+        figure.subplots_adjust(0.005, 0, 0.995, 0.9, wspace=0.02)
         for axis, level in zip(axes, chosen, strict=True):
-            axis.imshow(shown[level], origin="lower", cmap="gray", vmin=low, vmax=high)
-            axis.contour(mask[level], [0.5], colors="#56B4E9", linewidths=0.7)
-            if tokens is not None and tokens[level].any() and not tokens[level].all():
-                axis.contour(tokens[level], [0.5], colors="#E69F00", linewidths=0.7)
+            cut = (level, *window[1:])
+            axis.imshow(shown[cut], origin="lower", cmap="gray", vmin=0, vmax=high)
+            axis.contour(mask[cut], [0.5], colors="#56B4E9", linewidths=0.8)
+            if tokens is not None and tokens[cut].any() and not tokens[cut].all():
+                axis.contour(tokens[cut], [0.5], colors="#E69F00", linewidths=0.8)
             axis.set_axis_off()
-            axis.set_title(f"z = {level}", color="white", loc="center", fontsize=8)
+            axis.set_title(f"z = {height[level]:.0f} mm", color="white", loc="center", fontsize=8)
         return _png(figure)
 
 

@@ -44,6 +44,9 @@ from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
 from neuromamba.splits import read_split
 
+PRETRAINED_FROM = ("dataset", "model", "seed", "subjects", "files")
+"""What a fine-tuned model's `model.json` says of the one it started from."""
+
 
 def run_finetune(
     config: Config,
@@ -67,9 +70,8 @@ def run_finetune(
     folder, pretrain = layout.finetune(model, seed, target), layout.pretrain(model, seed)
     settings = config.models[model].finetune
     earlier = load_model_info(pretrain)
-    split, labels = read_split(layout.split), read_labels(config, dataset, target)
-    subjects = {part: [name for name in split[part] if name in labels] for part in PARTS}
-    unlabelled = {part: len(split[part]) - len(subjects[part]) for part in PARTS}
+    labels = read_labels(config, dataset, target)
+    subjects, unlabelled = labelled_subjects(layout, labels)
     used = {name: labels[name] for part in PARTS for name in subjects[part]}
     runs = list_runs(config, dataset, used)
     record = make_record(config, dataset, model, seed, settings, runs)
@@ -90,14 +92,18 @@ def run_finetune(
     def with_label(batch: Batch) -> Batch:
         return {**batch, "label": torch.tensor([used[name] for name in batch["subject"]])}
 
-    names = ("dataset", "model", "seed", "subjects", "files")
-    facts = {
-        "target": target,
-        "unlabelled": unlabelled,
-        "scaling": task.describe(),
-        "pretrained_from": {name: earlier[name] for name in names},
-    }
+    facts = {"target": target, "unlabelled": unlabelled, "scaling": task.describe()}
+    facts["pretrained_from"] = {name: earlier[name] for name in PRETRAINED_FROM}
     train_and_save(network, settings, windows, folder, record, config, on_change, with_label, facts)
+
+
+def labelled_subjects(
+    layout: Layout, labels: Mapping[str, int | float]
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The subjects of each part that have a label, and how many have none."""
+    split = read_split(layout.split)
+    subjects = {part: [name for name in split[part] if name in labels] for part in PARTS}
+    return subjects, {part: len(split[part]) - len(subjects[part]) for part in PARTS}
 
 
 def read_labels(config: Config, dataset: str, target: str) -> dict[str, int | float]:

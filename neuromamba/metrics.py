@@ -164,8 +164,9 @@ def compare(
     Returns
     -------
     pandas.DataFrame
-        Columns `metric`, `difference`, `low`, `high`, `better`: `first` or `second` where the
-        interval leaves out 0 (smaller is better for an error), missing where it does not.
+        Columns `predictor` (`first`), `versus` (`second`), `metric`, `difference`, `low`, `high`,
+        `better`: `first` or `second` where the interval leaves out 0 (smaller is better for an
+        error), missing where it does not.
     """
     found = {name: (metrics, strata) for name, metrics, strata in _predictors(predictions)}
     (metrics_1, strata), (metrics_2, _) = found[first], found[second]
@@ -179,8 +180,9 @@ def compare(
         better = None
         if low > 0 or high < 0:
             better = first if (low > 0) == HIGHER_IS_BETTER[name] else second
-        rows.append((name, value, low, high, better))
-    return pd.DataFrame(rows, columns=["metric", "difference", "low", "high", "better"])
+        rows.append((first, second, name, value, low, high, better))
+    columns = ["predictor", "versus", "metric", "difference", "low", "high", "better"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def read_predictions(path: Path | str) -> pd.DataFrame:
@@ -212,10 +214,11 @@ def _predictors(
             columns = [PROBABILITY + label for label in classes]
             yield str(name), classification_metrics(true, rows[columns].to_numpy(float)), true
         else:
-            values = (
-                rows[column].astype(float).to_numpy(np.float64) for column in ("y_true", "y_pred")
+            truth, predicted = (
+                np.asarray(rows[column].astype(float), dtype=np.float64)
+                for column in ("y_true", "y_pred")
             )
-            yield str(name), regression_metrics(*values), np.zeros(len(rows), np.int64)
+            yield str(name), regression_metrics(truth, predicted), np.zeros(len(rows), np.int64)
 
 
 def _bootstrap(metrics: Metrics, strata: Ints, resamples: int, seed: int) -> dict[str, Floats]:

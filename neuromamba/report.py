@@ -33,7 +33,7 @@ from neuromamba.collect import (
 )
 from neuromamba.config import Config
 from neuromamba.files import write_text
-from neuromamba.verdicts import METRICS, Row, number, result_rows, score, verdict, where_chance_is
+from neuromamba.verdicts import METRICS, Row, number, result_rows, verdict, where_chance_is
 
 COLUMNS = {
     "tsnr": "tSNR",
@@ -43,6 +43,7 @@ COLUMNS = {
     "n_tokens": "tokens",
     "n_rois": "ROIs",
 }
+COUNTS = ("n_volumes", "n_voxels", "n_tokens", "n_rois")
 LONGEST_LIST = 200
 PACKAGES = ("neuromamba", "numpy", "scipy", "scikit-learn", "nibabel", "zarr", "xarray", "torch")
 
@@ -88,7 +89,7 @@ def _summarise(dataset: str, target: str, evaluations: Sequence[Evaluation]) -> 
     names = list(rows[0].cells)
     width = max(len(row.label) for row in rows)
     test = f"{evaluations[0].notes['n_test']} test subjects"
-    lines = [f"{dataset}: {target} ({test}, {score(evaluations[0], names[0], 'interval')})"]
+    lines = [f"{dataset}: {target} ({test}; intervals in brackets)"]
     for row in rows:
         cells = "   ".join(f"{METRICS[name].label} {row.cells[name].text}" for name in names)
         lines.append(f"  {row.label:<{width}}  {cells}")
@@ -201,7 +202,7 @@ def _describe_training(training: Training) -> dict[str, Any]:
         "best_step": info["best"]["step"],
         "loss": number(info["best"]["loss"]),
         "skills": _skills(training),
-        "minutes": number(float(rows["seconds"].max()) / 60) if "seconds" in rows else "n/a",
+        "minutes": number(float(rows["seconds"].max()) / 60, 1) if "seconds" in rows else "n/a",
         "n_train": len(info["subjects"]["train"]),
         "n_validation": len(info["subjects"]["validation"]),
         "inputs": info.get("inputs", {}),
@@ -245,7 +246,7 @@ def _run_facts(data: Data) -> list[dict[str, str]]:
     for name, label in COLUMNS.items():
         if name in data.runs and data.runs[name].notna().any():
             values = data.runs[name].dropna().astype(float)
-            low, middle, high = (number(value) for value in values.quantile([0, 0.5, 1]))
+            low, middle, high = (_shown(name, value) for value in values.quantile([0, 0.5, 1]))
             facts.append(
                 {"label": label, "low": low, "median": middle, "high": high, "n": str(len(values))}
             )
@@ -255,19 +256,25 @@ def _run_facts(data: Data) -> list[dict[str, str]]:
 def _run_table(data: Data) -> dict[str, list[Any]]:
     known = [name for name in COLUMNS if name in data.runs and data.runs[name].notna().any()]
     rows = data.runs.head(LONGEST_LIST)
-    cells = [[row["run"], *(number(row[name]) for name in known)] for _, row in rows.iterrows()]
+    cells = [
+        [row["run"], *(_shown(name, row[name]) for name in known)] for _, row in rows.iterrows()
+    ]
     return {"columns": ["run", *(COLUMNS[name] for name in known)], "rows": cells}
+
+
+def _shown(name: str, value: float) -> str:
+    return number(round(value) if name in COUNTS and np.isfinite(value) else float(value))
 
 
 def _data_figures(config: Config, data: Data) -> dict[str, Any]:
     known = [name for name in COLUMNS if name in data.runs and data.runs[name].notna().any()]
-    shown = {COLUMNS[name]: data.runs[name] for name in known if name != "n_rois"}
+    shown = {COLUMNS[name]: data.runs[name] for name in known if data.runs[name].nunique() > 1}
     example, group = example_run(config, data), group_connectivity(config, data)
     return {
         "distributions": figures.distributions(shown) if shown else None,
-        "example": example and example[0],
-        "has_tokens": example is not None and example[3] is not None,
-        "brain": example and figures.brain(*example[1:]),
+        "example": example,
+        "brain": example
+        and figures.brain(example.mean, example.mask, example.tokens, example.height),
         "fc": group and figures.connectivity(group[0]),
         "fc_runs": group and group[1],
         "fc_rois": group and len(group[0]),

@@ -21,9 +21,10 @@ import scipy.sparse
 Shape = tuple[int, int, int]
 Affine = npt.NDArray[np.float64]
 
-SNAP = 1e-3
-"""Voxels. Affines are stored as float32: without snapping, coinciding grids would miss each other
-by rounding, and border voxels would fall outside."""
+SNAP = 1e-6, 1e-4
+"""Where source and target step alike, their ratio is an integer but for the rounding of float32
+affines: the entries of the linear part and the shift (in voxels) that are this near are rounded.
+Otherwise grids that coincide would miss each other, and border voxels would fall outside."""
 
 
 def source_coordinates(
@@ -47,9 +48,8 @@ def source_coordinates(
     """
     indices = np.stack(np.unravel_index(voxels, shape, order="F"))
     to_source = np.linalg.inv(source_affine) @ affine
-    points = to_source[:3, :3] @ indices + to_source[:3, 3:]
-    nearest = np.round(points)
-    return np.where(np.abs(points - nearest) < SNAP, nearest, points)
+    linear, shift = _snap(to_source[:3, :3], SNAP[0]), _snap(to_source[:3, 3:], SNAP[1])
+    return np.asarray(linear @ indices + shift)
 
 
 def resample_mask(
@@ -140,6 +140,10 @@ class Resampler:
         # what makes this faster than one product a volume.
         columns = gathered.T.astype(np.float32, order="C")
         return np.ascontiguousarray((self.matrix @ columns).T)
+
+
+def _snap(values: npt.NDArray[np.float64], near: float) -> npt.NDArray[np.float64]:
+    return np.where(np.abs(values - np.round(values)) < near, np.round(values), values)
 
 
 def _inside(points: npt.NDArray[np.float64], shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:

@@ -53,6 +53,14 @@ def finished(store: Path, key: str) -> dict[str, Any] | None:
     return attributes if attributes.get("key") == key else None
 
 
+def get_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """An array of a store; `KeyError` when there is none of that name."""
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise KeyError(f"{name} is not an array")
+    return array
+
+
 def add_array(
     group: zarr.Group, name: str, data: npt.NDArray[Any], dims: list[str], **attributes: Any
 ) -> None:

@@ -14,9 +14,8 @@ Token order: x slowest, z fastest. Value order inside a token: (t, z, y, x), x f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +24,10 @@ import zarr.errors
 
 import neuromamba
 from neuromamba.config import Config, Tokens
-from neuromamba.files import InputError, atomic_path, digest_json, read_json
+from neuromamba.files import InputError, atomic_path, digest_json
 from neuromamba.layout import Layout
-from neuromamba.shards import ShardedArray
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import add_array, finish, finished
-
-Normalization = Literal["global", "voxel"]
+from neuromamba.store import add_array, finish, finished, get_array
 
 FORMAT = 1
 """Raised when the same volumes would give another store, so that old stores are made again."""
@@ -126,7 +122,7 @@ def make_tokens(source: Path, target: Path, tokens: Tokens, shard_volumes: int) 
     Returns
     -------
     dict
-        `n_tokens` and `n_time_patches`.
+        `key`, which tells what the store was made from, `n_tokens` and `n_time_patches`.
 
     Raises
     ------
@@ -147,14 +143,17 @@ def make_tokens(source: Path, target: Path, tokens: Tokens, shard_volumes: int) 
         raise InputError(
             f"{source}: these volumes are damaged ({e}); delete them and make them again"
         ) from e
-    return {name: attributes[name] for name in ("n_tokens", "n_time_patches")}
+    return {name: attributes[name] for name in ("key", "n_tokens", "n_time_patches")}
 
 
 def _pack(
     volumes: zarr.Group, target: Path, tokens: Tokens, shard_volumes: int, key: str
 ) -> dict[str, Any]:
     """Write the token store; return its attributes."""
-    bold, mask = _array(volumes, "bold"), np.asarray(_array(volumes, "mask")[...])
+    bold, mask = get_array(volumes, "bold"), np.asarray(get_array(volumes, "mask")[...])
+    # zarr fills in for files that are missing, here and in `_copy_values`.
+    if mask.sum() != volumes.attrs["n_voxels"]:
+        raise ValueError("the brain mask is not the one that was written")
     patches = index_patches(mask, tokens.patch, tokens.brain_fraction)
     n_tokens, n_time_patches = len(patches.center), bold.shape[0] // tokens.time_patch
     run = volumes.attrs["run"]
@@ -192,7 +191,7 @@ def _pack(
                 "scale_factor": bold.attrs["scale_factor"],
                 "add_offset": bold.attrs["add_offset"],
             },
-            # `TokenStore` counts on every chunk being there.
+            # Who reads through the index counts on every chunk being there.
             config={"write_empty_chunks": True},
         )
         _copy_values(bold, values, patches, mask, tokens.time_patch)
@@ -216,7 +215,7 @@ def _copy_values(
         stop = min(start + length, values.shape[0])
         volumes = np.asarray(bold[start * time_patch : stop * time_patch])
         volumes = volumes.reshape(len(volumes), -1)
-        # zarr fills in for a file that is missing; a brain voxel is NaN only there.
+        # A brain voxel is NaN only where zarr has filled in.
         if np.isnan(volumes[:, witness]).any():
             raise ValueError(f"parts of volumes {start * time_patch} and after are missing")
         packed = np.empty(
@@ -233,139 +232,5 @@ def _add_index(group: zarr.Group, volumes: zarr.Group, patches: PatchIndex) -> N
     add_array(group, "center", patches.center, ["token", "axis"], **axes)
     add_array(group, "grid_index", patches.grid_index, ["token", "axis"], **axes)
     for name in ("mean", "sd"):
-        values = np.asarray(_array(volumes, name)[...]).ravel()[patches.voxels]
+        values = np.asarray(get_array(volumes, name)[...]).ravel()[patches.voxels]
         add_array(group, name, values, ["token", "voxel"], long_name=f"{name} over time")
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise KeyError(f"{name} is not an array")
-    return array
-
-
-class TokenStore:
-    """Random windows of one run's tokens.
-
-    Parameters
-    ----------
-    path
-        A `tokens/{run}.zarr`.
-
-    Attributes
-    ----------
-    attrs
-        The store's attributes, among them `run`, `subject`, `repetition_time`, `affine`,
-        `global_mean` and `global_sd`.
-    n_time_patches, n_tokens, n_values
-        Shape of the values.
-    center
-        (token, 3) float32 centre (x, y, z) of each patch in [0, 1].
-    grid_index
-        (token, 3) int16 number of each patch along x, y, z.
-    mean, sd
-        (token, patch**3) float32 statistics over time of each voxel in original units; NaN
-        outside the brain mask.
-
-    Raises
-    ------
-    InputError
-        When the store is absent or damaged; damage to the values shows when they are read.
-
-    Notes
-    -----
-    No file stays open, so that any number of stores can be kept. Reading a store costs nothing
-    but its metadata until values or statistics are asked for.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self.attrs: dict[str, Any] = read_json(self.path / "zarr.json")["attributes"]
-        self._values = ShardedArray(self.path / "values")
-        self.n_time_patches, self.n_tokens, self.n_values = self._values.shape
-        self.run: str = self.attrs["run"]
-        self.subject: str = self.attrs["subject"]
-
-    @cached_property
-    def center(self) -> npt.NDArray[np.float32]:
-        return self._read("center")
-
-    @cached_property
-    def grid_index(self) -> npt.NDArray[np.int16]:
-        return self._read("grid_index")
-
-    @cached_property
-    def mean(self) -> npt.NDArray[np.float32]:
-        return self._read("mean")
-
-    @cached_property
-    def sd(self) -> npt.NDArray[np.float32]:
-        return self._read("sd")
-
-    def window(self, start_patch: int, n_patches: int) -> npt.NDArray[np.float16]:
-        """Copy `n_patches` time patches: (time patch, token, value) float16 in stored units.
-
-        A value is `stored * scale_factor + add_offset`, NaN outside the brain mask.
-        """
-        out = np.empty((n_patches, self.n_tokens, self.n_values), dtype=np.float16)
-        self._values.read(start_patch, out)
-        return out
-
-    def normalized(
-        self, start_patch: int, n_patches: int, normalization: Normalization
-    ) -> npt.NDArray[np.float32]:
-        """Copy a window in units of SD: (time patch, token, value) float32, 0 outside the brain.
-
-        Parameters
-        ----------
-        start_patch, n_patches
-            The window.
-        normalization
-            `global`: minus the run's mean over brain and time, divided by its SD. `voxel`: minus
-            each voxel's own mean over time, divided by its own SD.
-        """
-        stored = self.window(start_patch, n_patches)
-        out = np.empty(stored.shape, dtype=np.float32)
-        for row, values in zip(out, stored.view(np.uint16), strict=True):
-            self._decoded.take(values, out=row, mode="clip")
-            if normalization == "voxel":
-                gain, shift = self._voxel_code
-                row *= gain
-                row += shift
-        return out
-
-    def mean_normalized(self, normalization: Normalization) -> npt.NDArray[np.float32]:
-        """What predicting each voxel's mean is in these units: (token, value) float32."""
-        repeats = self.n_values // self.mean.shape[1]
-        if normalization == "voxel":
-            return np.zeros((self.n_tokens, self.n_values), dtype=np.float32)
-        mean = (self.mean - self.attrs["global_mean"]) / self.attrs["global_sd"]
-        return np.tile(np.nan_to_num(mean).astype(np.float32), (1, repeats))
-
-    @cached_property
-    def _decoded(self) -> npt.NDArray[np.float32]:
-        """The `global` value of each of the 65536 float16 numbers; twice as fast as arithmetic."""
-        stored = np.arange(2**16).astype(np.uint16).view(np.float16).astype(np.float64)
-        scale, offset = self._values.attrs["scale_factor"], self._values.attrs["add_offset"]
-        values = (stored * scale + offset - self.attrs["global_mean"]) / self.attrs["global_sd"]
-        return np.where(np.isfinite(stored), values, 0).astype(np.float32)
-
-    @cached_property
-    def _voxel_code(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """What leads from `global` units to `voxel` units; 0 and 0 outside the brain."""
-        repeats = self.n_values // self.mean.shape[1]
-        sd = self.sd.astype(np.float64)
-        gain = np.nan_to_num(self.attrs["global_sd"] / sd)
-        shift = np.nan_to_num((self.attrs["global_mean"] - self.mean) / sd)
-        return (
-            np.tile(gain, (1, repeats)).astype(np.float32),
-            np.tile(shift, (1, repeats)).astype(np.float32),
-        )
-
-    def _read(self, name: str) -> npt.NDArray[Any]:
-        try:
-            return np.asarray(_array(zarr.open_group(self.path, mode="r"), name)[...])
-        except (zarr.errors.BaseZarrError, OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: this token store is damaged ({error}); delete it and make it again"
-            ) from error

@@ -65,7 +65,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The weights with the lowest validation loss, the step they are of, and its scalars."""
+    """The weights with the lowest validation loss, on the CPU, their step, and its scalars."""
 
     weights: Tensors
     step: int
@@ -104,15 +104,8 @@ def fit(
         `settings` and `inputs` that the training depends on; see `checkpoint.differences`.
     seed
         Seeds dropout and whatever else the model draws.
-    device
-        Where to train.
     on_change
         What to do with a checkpoint of other settings or inputs.
-
-    Returns
-    -------
-    Fitted
-        The best weights, on the CPU.
 
     Raises
     ------
@@ -126,8 +119,7 @@ def fit(
     loop.resume(on_change)
     with deterministic(), stop_on_sigterm() as stop:
         loop.run(stop)
-    done = loop.progress
-    return Fitted(loop.best, done.best_step, done.best)
+    return Fitted(loop.best, loop.progress.best_step, loop.progress.best)
 
 
 class _Loop:
@@ -178,11 +170,13 @@ class _Loop:
                 scalars = self._step([next(batches) for _ in range(accumulate)])
                 self._count(scalars, time.perf_counter() - started)
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{scalars['loss']:.4f}", best=f"{self.progress.best.get('loss', 0):.4f}"
-                )
+                bar.set_postfix(self._shown(scalars), refresh=False)
                 if stop.is_set():
                     self._stop()
+
+    def _shown(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        best = {"validation": self.progress.best["loss"]} if self.progress.best else {}
+        return {"loss": scalars["loss"], **best}
 
     def _step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One update from the mean of the batches' gradients; the means of their scalars."""

@@ -66,25 +66,28 @@ class Row:
     is_model: bool
 
 
-def number(value: float | int | None) -> str:
-    """A number to about three digits; `n/a` where there is none."""
+def number(value: float | int | None, digits: int | None = None) -> str:
+    """A number to about three digits, a count in full; `n/a` where there is none."""
     if value is None or not np.isfinite(value):
         return "n/a"
-    if float(value).is_integer() and abs(value) >= 1:
-        return f"{int(value):,}"
+    if isinstance(value, (int, np.integer)):
+        return f"{value:,}"
+    rounded = round(float(value), _digits(value) if digits is None else digits)
+    # Adding 0 makes -0.0 a plain 0.
+    return f"{rounded + 0.0:.{_digits(value) if digits is None else digits}f}"
+
+
+def _digits(value: float) -> int:
     size = abs(value)
-    return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else _small(value)
-
-
-def _small(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
+    return 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
 
 
 def interval(value: float, low: float, high: float) -> str:
-    """A value with its interval in brackets; `n/a` where it is not defined."""
+    """A value with its interval in brackets, all to the same digit; `n/a` if it is not defined."""
     if not np.isfinite(value):
         return "n/a"
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+    digits = min(_digits(part) for part in (value, low, high))
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
 def result_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
@@ -94,7 +97,7 @@ def result_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     FC baseline; the baseline's, when it is better than every model.
     """
     rows = []
-    verdicts = [e.comparison.set_index("metric")["better"] for e in evaluations]
+    verdicts = [_versus(e, "fc").set_index("metric")["better"] for e in evaluations]
     for evaluation, better in zip(evaluations, verdicts, strict=True):
         won = {name for name in better.index if better[name] == evaluation.model}
         label = f"{evaluation.model}, seed {evaluation.seed}"
@@ -117,39 +120,40 @@ def _row(metrics: pd.DataFrame, predictor: str, label: str, won: set[str], model
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """One sentence on the first metric: against the FC baseline, and against guessing."""
-    row = evaluation.comparison.iloc[0]
+    """One or two sentences on the first metric: against the FC baseline, and against guessing."""
+    row = _versus(evaluation, "fc").iloc[0]
     name, model = str(row["metric"]), f"{evaluation.model} (seed {evaluation.seed})"
-    label = METRICS[name].label
-    if not np.isfinite(row["difference"]):
+    label, difference = METRICS[name].label, float(row["difference"])
+    if not np.isfinite(difference):
         return f"{model} cannot be compared with the FC baseline: {label} is not defined here."
-    shown = f"{label} {interval(row['difference'], row['low'], row['high'])}"
+    shown = f"difference in {label} {interval(difference, row['low'], row['high'])}"
     if row["better"] == evaluation.model:
-        text = f"{model} is better than the FC baseline (difference in {shown})"
+        text = f"{model} is better than the FC baseline ({shown})"
     elif row["better"] == "fc":
-        text = f"{model} does not beat the FC baseline; it is worse (difference in {shown})"
+        text = f"{model} does not beat the FC baseline; it is worse ({shown})"
     else:
-        ahead = (row["difference"] > 0) == HIGHER_IS_BETTER[name] and row["difference"] != 0
-        side = "ahead" if ahead else "level" if row["difference"] == 0 else "behind"
+        ahead = (difference > 0) == HIGHER_IS_BETTER[name]
+        side = "level" if difference == 0 else "ahead" if ahead else "behind"
         text = (
-            f"{model} does not beat the FC baseline: it is {side} by a difference that these "
-            f"subjects cannot tell from none (difference in {shown})"
+            f"{model} does not beat the FC baseline: it is {side}, by a difference that these "
+            f"test subjects cannot tell from none ({shown})"
         )
-    return f"{text}. {_against_guessing(evaluation, name)}"
+    return f"{text}. {_against_guessing(evaluation)}"
 
 
-def _against_guessing(evaluation: Evaluation, name: str) -> str:
-    metrics = evaluation.metrics.set_index(["predictor", "metric"])
-    own = metrics.loc[(evaluation.model, name)]
-    if name == "auroc":
-        if own["low"] > 0.5:
-            return "It is above chance."
-        where = "below" if own["high"] < 0.5 else "not shown to be above"
-        return f"It is {where} chance (AUROC 0.5)."
-    constant = metrics.loc[("mean", name)]["value"]
-    if own["high"] < constant:
-        return f"It errs less than always naming the training mean ({number(constant)})."
-    return f"It is not shown to err less than always naming the training mean ({number(constant)})."
+def _against_guessing(evaluation: Evaluation) -> str:
+    constant = "majority" if class_names(evaluation.predictions) else "mean"
+    row = _versus(evaluation, constant).iloc[0]
+    what = "chance" if constant == "majority" else "always naming the training mean"
+    if row["better"] == evaluation.model:
+        return f"It is better than {what}."
+    if row["better"] == constant:
+        return f"It is worse than {what}."
+    return f"It is not shown to be better than {what}."
+
+
+def _versus(evaluation: Evaluation, other: str) -> pd.DataFrame:
+    return evaluation.comparison[evaluation.comparison["versus"] == other]
 
 
 def where_chance_is(evaluation: Evaluation) -> str:
@@ -164,12 +168,7 @@ def where_chance_is(evaluation: Evaluation) -> str:
     true = evaluation.predictions.drop_duplicates("subject")["y_true"]
     common = true.value_counts(normalize=True)
     return (
-        f"Guessing gives an AUROC of 0.5 and a balanced accuracy of {number(1 / len(classes))}; "
+        f"Guessing gives an AUROC of 0.5 and a balanced accuracy of {1 / len(classes):.2g}; "
         f"naming the commonest class ({common.index[0]}) for everyone gives an accuracy of "
         f"{number(common.iloc[0])}."
     )
-
-
-def score(evaluation: Evaluation, name: str, what: str) -> str:
-    """What a value in brackets is."""
-    return f"{METRICS[name].label} first, {what} in brackets"

@@ -40,6 +40,7 @@ CENTRE_MM = (0.5, -17.5, 4.5)
 """Centre of the field of view, MNI mm. The brain of MNI152NLin2009cAsym (2 mm mask: x -72.5..71.5,
 y -108.5..71.5, z -72.5..81.5) lies inside 96 voxels of 2 mm with at least 2 to spare on each side,
 and the grid falls on that of fMRIPrep's `res-2`, whose values are therefore copied unchanged."""
+MANIFEST_FACTS = ("key", "n_volumes", "n_voxels", "n_constant_voxels")
 PROBE_VOLUMES = 10
 """Volumes that the storage scale and the guess of the constant voxels come from."""
 
@@ -110,7 +111,8 @@ def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int
     Returns
     -------
     dict
-        `n_volumes`, `n_voxels` (in the brain mask), `n_constant_voxels` (left out of it).
+        `key`, which tells what the store was made from, `n_volumes`, `n_voxels` (in the brain
+        mask) and `n_constant_voxels` (left out of it).
 
     Raises
     ------
@@ -131,17 +133,17 @@ def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int
         "subject": source.subject,
         "space": source.space,
         "repetition_time": source.repetition_time,
-        "source": str(source.bold),
         "source_sha256": digest_file(source.bold),
-        "mask_source": str(source.mask),
         "mask_sha256": digest_file(source.mask) if source.mask.is_file() else None,
     }
-    facts["key"] = digest_json([FORMAT, facts, volumes.model_dump(mode="json"), time_patch])
-    attributes = finished(target, facts["key"])
+    # Where the files lie is not part of the key: a dataset may be moved.
+    key = digest_json([FORMAT, facts, volumes.model_dump(mode="json"), time_patch])
+    facts |= {"key": key, "source": str(source.bold), "mask_source": str(source.mask)}
+    attributes = finished(target, key)
     if attributes is None:
         stream = BrainStream(header, source.mask, volumes.shape, target_affine(volumes))
         attributes = _convert(stream, target, facts, volumes, time_patch)
-    return {name: attributes[name] for name in ("n_volumes", "n_voxels", "n_constant_voxels")}
+    return {name: attributes[name] for name in MANIFEST_FACTS}
 
 
 def _convert(

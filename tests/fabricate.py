@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray
 import zarr
 
+from neuromamba.checkpoint import save_model
 from neuromamba.config import Config
 from neuromamba.layout import Layout
+from neuromamba.participants import read_participants
 from neuromamba.rois import run_rois
 from neuromamba.store import finish
 from neuromamba.tables import write_table
@@ -132,3 +136,65 @@ def make_data(folder: Path, n: int = 30, config: Config | None = None) -> Config
         write_table(layout.manifest(stage, 0), made)
     run_rois(config, "toy", 0)
     return config
+
+
+def make_split(config: Config, n: int, test: int = 10) -> dict[str, list[str]]:
+    """Write a split of subjects 0 to n - 1: the last ones are for testing."""
+    names = [f"sub-{i:03}" for i in range(n)]
+    cut = n - test
+    parts = {"train": names[: cut - 3], "validation": names[cut - 3 : cut], "test": names[cut:]}
+    rows = [(name, part) for part, members in parts.items() for name in members]
+    layout = Layout(Path(config.results), "toy")
+    write_table(layout.split, pd.DataFrame(rows, columns=["subject", "part"]))
+    write_table(layout.excluded, pd.DataFrame(columns=["run", "stage", "reason"]))
+    return parts
+
+
+def make_model(
+    config: Config, parts: Mapping[str, list[str]], stage: str, model: str = "small", seed: int = 0
+) -> Path:
+    """Write the files of a finished training; `stage` is `pretrain` or a target's name."""
+    layout = Layout(Path(config.results), "toy")
+    folder = layout.pretrain(model, seed)
+    if stage != "pretrain":
+        folder = layout.finetune(model, seed, stage)
+    rng = np.random.default_rng(seed)
+    lines, best = [], {}
+    for step in range(0, 101, 10):
+        loss = 0.6 + 0.4 * np.exp(-step / 30) + 0.01 * rng.normal()
+        row = {"loss": loss}
+        if stage == "pretrain":
+            row |= {"skill_mean": 1 - loss, "skill_persistence": 0.35 - 0.5 * np.exp(-step / 20)}
+        for split in ("train", "validation"):
+            lines.append({"step": step, "split": split, **row, "seconds": step * 1.5})
+        best = {"step": step, **row}
+    info = {
+        "step": 100,
+        "best": best,
+        "parameters": 1_420_000,
+        "subjects": {part: parts[part] for part in ("train", "validation")},
+        "inputs": {"split": "0" * 64, "runs": "1" * 64},
+        "left_out": {},
+    }
+    save_model(folder, {"weight": torch.zeros(3)}, info)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def predict_by_age_and_sex(noise: float = 1.0) -> Callable[..., pd.DataFrame]:
+    """A stand-in for `predict_subjects` that knows the labels, blurred by noise."""
+
+    def predict(
+        config: Config, dataset: str, model: str, seed: int, target: str, subjects: list[str]
+    ) -> pd.DataFrame:
+        truth = read_participants(config.datasets[dataset])[target].loc[subjects]
+        rng = np.random.default_rng(seed)
+        table = pd.DataFrame({"subject": subjects})
+        if target == "age":
+            blurred = truth.to_numpy(float) + 20 * noise * rng.normal(size=len(subjects))
+            return table.assign(value=blurred)
+        signal = (truth == "male").to_numpy(float) - 0.5 + noise * rng.normal(size=len(subjects))
+        share = 1 / (1 + np.exp(-2 * signal))
+        return table.assign(prob_female=1 - share, prob_male=share)
+
+    return predict

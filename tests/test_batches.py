@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray
 from fake_runs import VALUES, FakeStore, make_config, write_dataset
 
 from neuromamba.batches import (
@@ -20,11 +21,15 @@ from neuromamba.batches import (
     list_runs,
     make_readers,
 )
-from neuromamba.config import Tokens
+from neuromamba.bids import run_index
+from neuromamba.config import Config, Tokens
+from neuromamba.demo import write_demo
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.runtime import prefetch
 from neuromamba.tables import read_table, write_table
+from neuromamba.tokens import run_tokens
+from neuromamba.volumes import run_volumes
 
 RUNS = {
     "sub-01": ["sub-01_run-1", "sub-01_run-2", "sub-01_run-3"],
@@ -160,9 +165,8 @@ def test_too_many_short_runs_are_refused_by_name():
 def test_stores_of_another_patch_size_are_refused():
     tokens = Tokens(patch=3, time_patch=2)
     wrong = TokenWindows(lambda run: Path(f"tokens/{run}.zarr"), 8, tokens, "global")
-    windows = Windows({"sub-02": ["sub-02_run-1"]}, [wrong])
-    with pytest.raises(InputError, match="make the tokens again"):
-        windows.batch(windows.spaced(1))
+    with pytest.raises(InputError, match=r"16 values a token .* give 54; make the tokens again"):
+        Windows({"sub-02": ["sub-02_run-1"]}, [wrong])
 
 
 def test_only_the_given_runs_are_opened():
@@ -246,3 +250,51 @@ def test_a_closed_prefetch_leaves_no_thread():
     next(items)
     items.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+@pytest.fixture(scope="module")
+def real_stores(tmp_path_factory):
+    """Three synthetic subjects through the stages before this one."""
+    folder = tmp_path_factory.mktemp("real")
+    write_demo(folder / "data", subjects=3, volumes=24, voxel_size=8.0, seed=0)
+    config = Config.model_validate(
+        {
+            "results": str(folder / "results"),
+            "datasets": {"demo": {"derivatives": str(folder / "data")}},
+            "models": {"tiny": {"family": "neuromamba", "volumes": 8}},
+            "volumes": {"shape": (24, 24, 24), "voxel_size": 8.0, "shard_volumes": 16},
+        }
+    )
+    run_index(config, "demo")
+    run_volumes(config, "demo", 0)
+    run_tokens(config, "demo", 0)
+    return config
+
+
+@pytest.mark.parametrize("normalization", ["global", "voxel"])
+def test_a_batch_of_real_stores_is_the_volumes_cut_into_patches(
+    real_stores, normalization, monkeypatch
+):
+    monkeypatch.undo()
+    layout, tokens = Layout(Path(real_stores.results), "demo"), real_stores.tokens
+    index = read_table(layout.index)
+    runs = group_runs(list_runs(real_stores, "demo", index["subject"]))
+    assert len(runs) == 3
+    reader = TokenWindows(lambda run: layout.array("tokens", run), 8, tokens, normalization)
+    windows = Windows(runs, [reader])
+    (run, *_) = next(iter(runs.values()))
+    batch = windows.batch([Window(windows.subjects[0], run, 3)])
+    volumes = xarray.open_zarr(layout.array("volumes", run)).load()
+    bold = volumes["bold"].astype("float64")
+    if normalization == "voxel":
+        z = (bold - volumes["mean"]) / volumes["sd"]
+    else:
+        z = (bold - volumes.attrs["global_mean"]) / volumes.attrs["global_sd"]
+    z = np.nan_to_num(z.to_numpy())[6 : 6 + 8].reshape(4, 2, 24, 24, 24)
+    kept = 0
+    for row, center in enumerate(batch["centers"][0].numpy()):
+        x, y, s = (np.floor(center * 4).astype(int)) * 6
+        patch = z[:, :, s : s + 6, y : y + 6, x : x + 6].reshape(4, -1)
+        np.testing.assert_allclose(batch["tokens"][0, row], patch, rtol=1e-3, atol=5e-3)
+        kept += np.abs(patch).sum()
+    assert kept == pytest.approx(np.abs(z).sum())

@@ -148,7 +148,7 @@ def test_finetuning_starts_from_the_pretrained_weights(tmp_path, parts):
 def test_without_a_pretrained_model_it_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr("neuromamba.batches.TokenStore", FakeStore)
     write_dataset(tmp_path)
-    with pytest.raises(InputError, match="pretrain/model.json does not exist"):
+    with pytest.raises(InputError, match=r"pretrain/model\.json does not exist"):
         finetune(tmp_path)
 
 

@@ -236,4 +236,9 @@ class Config(Section):
                     f"models.{name}.volumes ({model.volumes}) must be a multiple of "
                     f"tokens.time_patch ({self.tokens.time_patch})"
                 )
+            if model.volumes < 2 * self.tokens.time_patch:
+                raise ValueError(
+                    f"models.{name}.volumes ({model.volumes}) must hold at least two time patches "
+                    f"of {self.tokens.time_patch} volumes, so that there is a next one to predict"
+                )
         return self

@@ -133,7 +133,6 @@ class NeuroMamba(nn.Module):
             - ``skill_persistence``, ``skill_mean``: 1 - mse_model / mse_<predictor>; 0 is as good
               as the predictor, 1 is perfect. Over several batches average the three errors and
               call `neuromamba.models.skills` on them: a mean of ratios is not the ratio of means.
-            - ``n_tokens``: how many positions the errors are means of.
         """
         tokens_BPTV, patch_mask_BP = batch["tokens"], batch["patch_mask"]
         n_time = tokens_BPTV.shape[2]
@@ -158,7 +157,7 @@ class NeuroMamba(nn.Module):
                 "mse_mean": (next_BPTV - batch["mean"][:, :, None]).square_().mean(-1),
             }
             means = {name: masked_mean(error, mask_BPT) for name, error in errors.items()}
-        return {"loss": loss, **means, **skills(means), "n_tokens": mask_BPT.sum()}
+        return {"loss": loss, **means, **skills(means)}
 
     def _position(self, centers_BP3: Tensor, n_time: int) -> Tensor:
         """Projected code of (x, y, z, t), computed apart for space and time: (B, P, T, width)."""

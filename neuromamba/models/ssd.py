@@ -33,6 +33,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -107,47 +108,59 @@ class _Group(NamedTuple):
     states_BEHNP: Tensor  # at each chunk's entry, and after the last chunk
 
 
+class _Inputs(NamedTuple):
+    """The arguments of the scan, or their part for one group of chunks."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+
+    def part(self, rows: slice) -> _Inputs:
+        x, dt, A, B, C, D = self
+        return _Inputs(x[:, rows], dt[:, rows], A, B[:, rows], C[:, rows], D)
+
+
 class _Ssd(torch.autograd.Function):
     """The chunked scan with its gradient written out."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-                chunk: int) -> Tensor:  # fmt: skip
-        size = chunk * _chunks_per_group(x, chunk)
-        state_BHNP = x.new_zeros(
-            x.shape[0], x.shape[2], B.shape[-1], x.shape[3], dtype=_compute_dtype(x)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs, chunk = _Inputs(*arguments[:-1]), arguments[-1]
+        batch, length, heads, head_dim = inputs.x.shape
+        entry_BHNP = inputs.x.new_zeros(
+            (batch, heads, inputs.B.shape[-1], head_dim), dtype=_compute_dtype(inputs.x)
         )
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
+        size = chunk * _chunks_per_group(inputs.x, chunk)
         entries = []
-        with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, x.shape[1], size):
-                part = slice(start, start + size)
-                entries.append(state_BHNP)
-                y[:, part], state_BHNP = _forward_group(
-                    x[:, part], dt[:, part], A, B[:, part], C[:, part], D, chunk, state_BHNP
-                )
-        ctx.save_for_backward(x, dt, A, B, C, D, torch.stack(entries))
+        with torch.autocast(y.device.type, enabled=False):
+            for start in range(0, length, size):
+                rows = slice(start, start + size)
+                entries.append(entry_BHNP)
+                y[:, rows], entry_BHNP = _forward_group(inputs.part(rows), chunk, entry_BHNP)
+        ctx.save_for_backward(*inputs, torch.stack(entries))
         ctx.chunk, ctx.size = chunk, size
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, dt, A, B, C, D, entries = ctx.saved_tensors
-        dx, ddt, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=v.device)
-                           for v in (x, dt, B, C))  # fmt: skip
-        dA = torch.zeros(A.shape, dtype=entries.dtype, device=A.device)
-        dD = torch.zeros_like(dA)
-        dstate_BHNP = torch.zeros_like(entries[0])
-        with torch.autocast(x.device.type, enabled=False):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, entries = ctx.saved_tensors
+        inputs = _Inputs(*saved)
+        total = _Inputs(*(torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in inputs))
+        dentry_BHNP = torch.zeros_like(entries[0])
+        with torch.autocast(dy.device.type, enabled=False):
             for index in reversed(range(len(entries))):
-                part = slice(index * ctx.size, (index + 1) * ctx.size)
-                inputs = x[:, part], dt[:, part], A, B[:, part], C[:, part], D
-                dx[:, part], ddt[:, part], dA_part, dB[:, part], dC[:, part], dD_part, dstate_BHNP \
-                    = _backward_group(*inputs, ctx.chunk, entries[index], dy[:, part], dstate_BHNP)  # fmt: skip
-                dA += dA_part
-                dD += dD_part
-        return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), None
+                rows = slice(index * ctx.size, (index + 1) * ctx.size)
+                gradient, dentry_BHNP = _backward_group(
+                    inputs.part(rows), ctx.chunk, entries[index], dy[:, rows], dentry_BHNP
+                )
+                for whole, part in zip(total.part(rows), gradient, strict=True):
+                    whole += part
+        return (*total, None)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -181,15 +194,13 @@ def _decays(logs: Tensor) -> Tensor:
     return between.masked_fill_(upper, -torch.inf).exp_()
 
 
-def _prepare(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int, entry_BHNP: Tensor
-) -> _Group:
+def _prepare(inputs: _Inputs, chunk: int, entry_BHNP: Tensor) -> _Group:
     dtype = entry_BHNP.dtype
-    x_BKHQP = _cut(x, chunk, dtype).transpose(2, 3).contiguous()
-    dt_BKHQ = _cut(dt, chunk, dtype).transpose(2, 3).contiguous()
-    B_BKQN, C_BKQN = _cut(B, chunk, dtype), _cut(C, chunk, dtype)
+    x_BKHQP = _cut(inputs.x, chunk, dtype).transpose(2, 3).contiguous()
+    dt_BKHQ = _cut(inputs.dt, chunk, dtype).transpose(2, 3).contiguous()
+    B_BKQN, C_BKQN = _cut(inputs.B, chunk, dtype), _cut(inputs.C, chunk, dtype)
     u_BKHQP = x_BKHQP * dt_BKHQ[..., None]
-    logs_BKHQ = dt_BKHQ * A.to(dtype)[:, None]
+    logs_BKHQ = dt_BKHQ * inputs.A.to(dtype)[:, None]
     L_BKHQQ = _decays(logs_BKHQ)
     M_BKHQQ = L_BKHQQ * (C_BKQN @ B_BKQN.mT)[:, :, None]
     from_entry_BKHQ = logs_BKHQ.cumsum(-1).exp_()
@@ -197,7 +208,7 @@ def _prepare(
     C_in_BKHQN = C_BKQN[:, :, None] * from_entry_BKHQ[..., None]
     B_out_BKHQN = B_BKQN[:, :, None] * to_end_BKHQ[..., None]
     total_BHK = logs_BKHQ.sum(-1).transpose(1, 2)
-    across_BHEE = _decays(torch.nn.functional.pad(total_BHK, (1, 0)))
+    across_BHEE = _decays(F.pad(total_BHK, (1, 0)))
     carry_BHE, passing_BHEK = across_BHEE[..., 0], across_BHEE[..., 1:]
     states_BEHNP = torch.einsum("bhek,bkhnp->behnp", passing_BHEK, B_out_BKHQN.mT @ u_BKHQP)
     states_BEHNP += torch.einsum("bhe,bhnp->behnp", carry_BHE, entry_BHNP)
@@ -220,29 +231,25 @@ def _prepare(
     )
 
 
-def _forward_group(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int,
-    entry_BHNP: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_group(inputs: _Inputs, chunk: int, entry_BHNP: Tensor) -> tuple[Tensor, Tensor]:
     """The group's output and the state after it."""
-    g = _prepare(x, dt, A, B, C, chunk, entry_BHNP)
+    g = _prepare(inputs, chunk, entry_BHNP)
     y_BKHQP = g.M_BKHQQ @ g.u_BKHQP
     y_BKHQP += g.C_in_BKHQN @ g.states_BEHNP[:, :-1]
-    y_BKHQP += g.x_BKHQP * D.to(entry_BHNP.dtype)[:, None, None]
-    return _join(y_BKHQP.transpose(2, 3), x.shape[1]), g.states_BEHNP[:, -1]
+    y_BKHQP += g.x_BKHQP * inputs.D.to(y_BKHQP.dtype)[:, None, None]
+    return _join(y_BKHQP.transpose(2, 3), inputs.x.shape[1]), g.states_BEHNP[:, -1]
 
 
 def _backward_group(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int,
-    entry_BHNP: Tensor, dy: Tensor, dafter_BHNP: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D and of the entry state, given those of y and of the exit."""
-    g = _prepare(x, dt, A, B, C, chunk, entry_BHNP)
+    inputs: _Inputs, chunk: int, entry_BHNP: Tensor, dy: Tensor, dexit_BHNP: Tensor
+) -> tuple[_Inputs, Tensor]:
+    """Gradients of the inputs and the entry state, given those of y and the exit state."""
+    g = _prepare(inputs, chunk, entry_BHNP)
     dtype = entry_BHNP.dtype
     dy_BKHQP = _cut(dy, chunk, dtype).transpose(2, 3).contiguous()
 
     # States, last to first: each gets what its own chunk reads and what later states inherit.
-    dread_BEHNP = torch.cat([g.C_in_BKHQN.mT @ dy_BKHQP, dafter_BHNP[:, None]], dim=1)
+    dread_BEHNP = torch.cat([g.C_in_BKHQN.mT @ dy_BKHQP, dexit_BHNP[:, None]], dim=1)
     dend_BKHNP = torch.einsum("bhek,behnp->bkhnp", g.passing_BHEK, dread_BEHNP)
     dentry_BHNP = torch.einsum("bhe,behnp->bhnp", g.carry_BHE, dread_BEHNP)
 
@@ -259,18 +266,19 @@ def _backward_group(
 
     dlogs_BKHQ = _decay_gradient(g, dM_BKHQQ, dC_in_BKHQN, dB_out_BKHQN, dend_BKHNP)
     xdu_BKHQ = (g.x_BKHQP * du_BKHQP).sum(-1)
-    ddt_BKHQ = xdu_BKHQ + A.to(dtype)[:, None] * dlogs_BKHQ
-    dx_BKHQP = du_BKHQP * g.dt_BKHQ[..., None] + dy_BKHQP * D.to(dtype)[:, None, None]
-    length = x.shape[1]
-    return (
-        _join(dx_BKHQP.transpose(2, 3), length),
-        _join(ddt_BKHQ.transpose(2, 3), length),
-        (g.dt_BKHQ * dlogs_BKHQ).sum((0, 1, 3)),
-        _join(dB_BKQN, length),
-        _join(dC_BKQN, length),
-        (g.x_BKHQP * dy_BKHQP).sum((0, 1, 3, 4)),
-        dentry_BHNP,
+    ddt_BKHQ = xdu_BKHQ + inputs.A.to(dtype)[:, None] * dlogs_BKHQ
+    dx_BKHQP = du_BKHQP * g.dt_BKHQ[..., None]
+    dx_BKHQP += dy_BKHQP * inputs.D.to(dtype)[:, None, None]
+    length = dy.shape[1]
+    gradient = _Inputs(
+        x=_join(dx_BKHQP.transpose(2, 3), length),
+        dt=_join(ddt_BKHQ.transpose(2, 3), length),
+        A=(g.dt_BKHQ * dlogs_BKHQ).sum((0, 1, 3)),
+        B=_join(dB_BKQN, length),
+        C=_join(dC_BKQN, length),
+        D=(g.x_BKHQP * dy_BKHQP).sum((0, 1, 3, 4)),
     )
+    return gradient, dentry_BHNP
 
 
 def _decay_gradient(
@@ -287,6 +295,6 @@ def _decay_gradient(
     step_to_step = (paths_BKHQQ @ ones.triu(1)).mul_(ones.tril()).sum(-2)
     entry_to_step = (dC_in_BKHQN * g.C_in_BKHQN).sum(-1)
     entry_to_step = entry_to_step.flip(-1).cumsum(-1).flip(-1)
-    step_to_end = torch.nn.functional.pad((dB_out_BKHQN * g.B_out_BKHQN).sum(-1), (1, -1))
+    step_to_end = F.pad((dB_out_BKHQN * g.B_out_BKHQN).sum(-1), (1, -1))
     entry_to_end = (dend_BKHNP * g.states_BEHNP[:, :-1]).sum((-1, -2)) * g.total_BKH
     return step_to_step + entry_to_step + step_to_end.cumsum(-1) + entry_to_end[..., None]
