@@ -33,6 +33,7 @@ from torch import nn
 
 import neuromamba
 from neuromamba.files import InputError, atomic_path, digest_file, read_json, write_json, write_text
+from neuromamba.runtime import telling_full_disk
 
 FORMAT = 1
 """Raised when older checkpoints or models can no longer be read."""
@@ -125,7 +126,7 @@ def load_checkpoint(
 def save_model(folder: Path, weights: Tensors, info: Mapping[str, Any]) -> None:
     """Write `model.safetensors`, then `model.json` with `info`, versions and digest."""
     path = folder / "model.safetensors"
-    with atomic_path(path) as temporary:
+    with telling_full_disk(folder), atomic_path(path) as temporary:
         _write_tensors(temporary, weights)
     files = {path.name: digest_file(path)}
     write_json(folder / "model.json", {"format": FORMAT, **info, **provenance(), "files": files})

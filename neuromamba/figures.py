@@ -38,30 +38,39 @@ STYLE: dict[Any, Any] = {
 SLICES = 7
 
 
-def training_curves(trainings: Mapping[str, pd.DataFrame]) -> str:
-    """Loss over steps and, where there are any, skills; one colour per training.
+def loss_curves(trainings: Mapping[str, pd.DataFrame]) -> str:
+    """Loss over steps, one colour per training.
 
     Parameters
     ----------
     trainings
         By label, the rows of a `metrics.jsonl`: `step`, `split`, `loss`, `skill_*`.
     """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for colour, (label, table) in zip(_colours(), trainings.items(), strict=False):
+            _loss_lines(axis, table, label if len(trainings) > 1 else "", colour)
+        axis.set(title="Loss", xlabel="step", ylabel="loss")
+        axis.legend(loc="best")
+        return _svg(figure)
+
+
+def skill_curves(trainings: Mapping[str, pd.DataFrame]) -> str | None:
+    """Skills on the validation subjects, as `loss_curves`; `None` where there are none."""
     columns = {str(column) for table in trainings.values() for column in table}
     skills = sorted(column for column in columns if column.startswith("skill_"))
+    if not skills:
+        return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.5 if skills else 4.6, 3.4), layout="constrained")
-        axes = figure.subplots(1, 2 if skills else 1, squeeze=False)[0]
+        figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+        axis = figure.subplots()
         for colour, (label, table) in zip(_colours(), trainings.items(), strict=False):
-            _loss_lines(axes[0], table, label if len(trainings) > 1 else "", colour)
-            if skills:
-                _skill_lines(axes[1], table, skills, colour, label if len(trainings) > 1 else "")
-        axes[0].set(title="Loss", xlabel="step", ylabel="loss")
-        if skills:
-            axes[1].axhline(0, color="black", linewidth=0.8)
-            axes[1].set(title="Skill on the validation subjects", xlabel="step", ylabel="skill")
-            _keep_in_view(axes[1])
-        for axis in axes:
-            axis.legend(loc="best")
+            _skill_lines(axis, table, skills, colour, label if len(trainings) > 1 else "")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title="Skill on the validation subjects", xlabel="step", ylabel="skill")
+        _keep_in_view(axis)
+        axis.legend(loc="best")
         return _svg(figure)
 
 
@@ -194,7 +203,7 @@ def results(predictors: Mapping[str, pd.DataFrame]) -> str:
             return _svg(_roc(predictors, classes[1]))
         draw = _confusion if classes else _scatter
         figure = Figure(figsize=(3.2 * len(predictors), 3.3), layout="constrained")
-        axes = figure.subplots(1, len(predictors), squeeze=False)[0]
+        axes = figure.subplots(1, len(predictors), squeeze=False, sharex=True, sharey=True)[0]
         for axis, colour, (label, table) in zip(axes, _colours(), predictors.items(), strict=False):
             draw(axis, table, classes, colour)
             axis.set_title(label)

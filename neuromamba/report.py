@@ -215,10 +215,11 @@ def _skills(training: Training) -> dict[str, str]:
     return {k.removeprefix("skill_"): f"{v:+.3f}" for k, v in best.items() if k[:6] == "skill_"}
 
 
-def _curves(trainings: Sequence[Training]) -> str | None:
+def _curves(trainings: Sequence[Training]) -> dict[str, str | None]:
     if not trainings:
-        return None
-    return figures.training_curves({_label(training): training.metrics for training in trainings})
+        return {"loss": None, "skill": None}
+    tables = {_label(training): training.metrics for training in trainings}
+    return {"loss": figures.loss_curves(tables), "skill": figures.skill_curves(tables)}
 
 
 def _label(item: Training | Evaluation) -> str:

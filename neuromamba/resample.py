@@ -119,12 +119,15 @@ class Resampler:
             columns[:, k] = np.ravel_multi_index(tuple(at), source_shape, order="F")
             weights[:, k] = np.where(shift, fraction, 1 - fraction).prod(axis=0) * inside
         used = weights != 0
-        self.touched = np.unique(columns[used])
+        is_touched = np.zeros(np.prod(source_shape), dtype=bool)
+        is_touched[columns[used]] = True
+        self.touched = np.flatnonzero(is_touched)
+        place = np.cumsum(is_touched, dtype=np.int32) - 1
         starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
         self.matrix = scipy.sparse.csr_array(
             (
                 weights[used],
-                np.searchsorted(self.touched, columns[used]).astype(np.int32),
+                place[columns[used]],
                 starts.astype(np.int32),
             ),
             shape=(len(voxels), len(self.touched)),

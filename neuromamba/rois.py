@@ -148,10 +148,8 @@ def roi_series(
     ----------
     volumes
         One run, opened with `mask_and_scale=False`; see `neuromamba.volumes`.
-    parcellation
-        The ROIs.
-    shard
-        Number of volumes to read at a time.
+    parcellation, shard
+        The ROIs, and the number of volumes to read at a time.
 
     Returns
     -------

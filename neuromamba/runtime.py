@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import signal
@@ -9,15 +10,18 @@ import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import safetensors
 import torch
 
 from neuromamba.files import InputError
 
 T = TypeVar("T")
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 STOPPED = 128 + signal.SIGTERM
 """Exit status of a training that was told to stop, as a shell reports it."""
 
@@ -65,6 +69,22 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def telling_full_disk(folder: Path) -> Iterator[None]:
+    """Turn what a full disk raises into an `InputError` with the cure."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        # safetensors tells the number of an error in its text alone.
+        told = [f"os error {number})" in str(error) for number in FULL]
+        if getattr(error, "errno", None) not in FULL and not any(told):
+            raise
+        raise InputError(
+            f"{folder}: the disk is full; free some space and start again: the training continues "
+            "from its last checkpoint"
+        ) from error
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:

@@ -42,7 +42,14 @@ from neuromamba.optimiser import (
     optimizer_tensors,
     restore_optimizer,
 )
-from neuromamba.runtime import STOPPED, deterministic, prefetch, seed_torch, stop_on_sigterm
+from neuromamba.runtime import (
+    STOPPED,
+    deterministic,
+    prefetch,
+    seed_torch,
+    stop_on_sigterm,
+    telling_full_disk,
+)
 from neuromamba.scalars import mean_scalars, scalars_of, with_skills
 
 # Separate streams of random numbers under one seed.
@@ -117,7 +124,7 @@ def fit(
     model.to(device)
     loop = _Loop(model, settings, training, validation, folder, record, seed, device)
     loop.resume(on_change)
-    with deterministic(), stop_on_sigterm() as stop:
+    with deterministic(), telling_full_disk(folder), stop_on_sigterm() as stop:
         loop.run(stop)
     return Fitted(loop.best, loop.progress.best_step, loop.progress.best)
 

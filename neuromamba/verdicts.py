@@ -82,11 +82,12 @@ def _digits(value: float) -> int:
     return 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
 
 
-def interval(value: float, low: float, high: float) -> str:
+def interval(value: float, low: float, high: float, digits: int | None = None) -> str:
     """A value with its interval in brackets, all to the same digit; `n/a` if it is not defined."""
     if not np.isfinite(value):
         return "n/a"
-    digits = min(_digits(part) for part in (value, low, high))
+    if digits is None:
+        digits = min(_digits(part) for part in (value, low, high))
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
@@ -112,8 +113,13 @@ def result_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 def _row(metrics: pd.DataFrame, predictor: str, label: str, won: set[str], model: bool) -> Row:
     found = metrics[metrics["predictor"] == predictor].set_index("metric")
+    # All predictors of a column to the same digit: that of the table's largest value.
+    largest = metrics.set_index("metric")["value"].abs().groupby(level=0).max()
     cells = {
-        str(name): Cell(interval(row["value"], row["low"], row["high"]), name in won)
+        str(name): Cell(
+            interval(row["value"], row["low"], row["high"], _digits(largest[str(name)])),
+            name in won,
+        )
         for name, row in found.iterrows()
     }
     return Row(label, cells, int(found["n"].iloc[0]), model)

@@ -30,7 +30,7 @@ from neuromamba.baselines import (
 )
 from neuromamba.config import Config
 from neuromamba.evaluate import FC, choose_subjects, run_evaluate, write_metrics
-from neuromamba.files import InputError, read_json
+from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
 from neuromamba.tables import read_table, write_table
 
@@ -140,8 +140,6 @@ def train_on_test_subjects(config: Config, earlier: bool) -> None:
     leaky = {**parts, "train": parts["train"] + parts["test"][:7]}
     folder = make_model(config, parts if earlier else leaky, "sex")
     if earlier:
-        from neuromamba.files import write_json
-
         info = read_json(folder / "model.json")
         info["pretrained_from"] = {"subjects": {"train": leaky["train"]}}
         write_json(layout.finetune("small", 0, "sex") / "model.json", info)

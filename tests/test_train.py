@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from fake_runs import FakeStore, make_config, write_dataset
+from safetensors import SafetensorError
 from torch import nn
 
+from neuromamba import checkpoint
 from neuromamba.checkpoint import (
     differences,
     finished,
@@ -243,6 +246,29 @@ def test_a_damaged_checkpoint_is_named_with_the_cure(tmp_path, damage):
     with pytest.raises(InputError, match="step-00000005: the checkpoint is damaged") as error:
         train(tmp_path)
     assert f"remove {tmp_path / 'checkpoints'} to train from the start" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, whole, monkeypatch, error):
+    write = checkpoint._write_tensors
+
+    def full_after_step_5(path, tensors):
+        if "step-00000010" in str(path) and path.stem == "optimizer":
+            raise error
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", full_after_step_5)
+    with pytest.raises(InputError, match="the disk is full; free some space"):
+        train(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    monkeypatch.undo()
+    assert_same(train(tmp_path), whole[1])
 
 
 def test_a_checkpoint_of_another_model_names_what_is_missing(tmp_path):

@@ -1,0 +1,450 @@
+"""How fast and how large is the data layer, beside what others do, in one run on one machine.
+
+    python benchmarks/data_layer.py                    # 1200 volumes, about 5 minutes, 3 GB of disk
+    python benchmarks/data_layer.py --volumes 200      # quicker
+
+A synthetic series (2 mm, int16, realistic noise and compression) is written once, half a
+millimetre off the target grid so that there is something to interpolate. Then:
+
+- preprocess: our volumes stage, and our tokens stage, against a script that loads the whole scan,
+  resamples each volume with scipy, and then does what SwiFT's does: masked z-scores, one `.pt` file
+  a volume. The script runs on fewer volumes; times are per volume. The same without resampling is
+  measured too.
+- resample: one volume by our matrix, by nilearn, by scipy.
+- window: 20 consecutive volumes from a random place, from the page cache.
+- peak memory of both, each in a process of its own.
+
+Both sides' values are compared; the difference is given in units of the voxels' SD over time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPE = (97, 115, 97)
+ORIGIN = (-96.0, -132.0, -78.0)
+WINDOW = 20
+SHARD = 48
+
+
+def source_affine() -> np.ndarray:
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = ORIGIN
+    return affine
+
+
+# --- Input ----------------------------------------------------------------------------------------
+
+
+def write_inputs(folder: Path, counts: list[int], background: str, seed: int) -> None:
+    """Write `bold-{n}.nii.gz` for each n, all with the same first volumes, and `mask.nii.gz`.
+
+    `background` is `zero` where the brain was extracted (HCP, UK Biobank, ABCD) and `noise`
+    otherwise (fMRIPrep): the same brain, but a file that takes two or three times as long to unzip.
+    """
+    import nibabel
+    from isal import igzip
+    from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
+    from nilearn.image import resample_img
+
+    def on_source(image: Any, interpolation: str) -> np.ndarray:
+        options = {"force_resample": True, "copy_header": True, "interpolation": interpolation}
+        return np.asarray(resample_img(image, source_affine(), SHAPE, **options).dataobj)
+
+    mask = on_source(load_mni152_brain_mask(resolution=2), "nearest") > 0
+    nibabel.save(
+        nibabel.Nifti1Image(mask.astype(np.uint8), source_affine()), folder / "mask.nii.gz"
+    )
+    head = on_source(load_mni152_template(resolution=2), "linear").ravel(order="F")
+    head = (9000 * head / head.max()).astype(np.float32)
+    inside = mask.ravel(order="F") if background == "zero" else np.float32(1)
+    random = np.random.default_rng(seed)
+    noise = random.standard_normal(head.size, dtype=np.float32)
+    streams = {n: igzip.open(folder / f"bold-{n}.nii.gz", "wb", compresslevel=1) for n in counts}
+    for n, stream in streams.items():
+        header = nibabel.Nifti1Header()
+        header.set_data_shape((*SHAPE, n))
+        header.set_data_dtype(np.int16)
+        header.set_sform(source_affine(), 4)
+        header["vox_offset"], header["magic"] = 352, b"n+1"
+        stream.write(header.binaryblock.ljust(352, b"\0"))
+    for t in range(max(counts)):
+        noise = 0.6 * noise + 0.8 * random.standard_normal(head.size, dtype=np.float32)
+        floor = 15 * np.abs(random.standard_normal(head.size, dtype=np.float32))
+        volume = ((head * (1 + 0.01 * noise) + floor) * inside).astype(np.int16).tobytes()
+        for n, stream in streams.items():
+            if t < n:
+                stream.write(volume)
+    for stream in streams.values():
+        stream.close()
+
+
+# --- The two sides, each in a process of its own --------------------------------------------------
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss would start at the parent's size.
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_ours(folder: Path, n: int) -> dict[str, float]:
+    from neuromamba.config import Tokens, Volumes
+    from neuromamba.tokens import make_tokens
+    from neuromamba.volumes import Source, make_volumes
+
+    bold, mask = folder / f"bold-{n}.nii.gz", folder / "mask.nii.gz"
+    volumes, tokens = folder / f"volumes-{n}.zarr", folder / f"tokens-{n}.zarr"
+    start = time.perf_counter()
+    make_volumes(Source("run", "sub", bold, mask, "MNI", 2.0), volumes, Volumes(), 2)
+    middle = time.perf_counter()
+    peak = peak_mb()
+    make_tokens(volumes, tokens, Tokens(), SHARD)
+    stop = time.perf_counter()
+    return {
+        "volumes_ms": (middle - start) / n * 1e3,
+        "volumes_peak_mb": peak,
+        "tokens_ms": (stop - middle) / n * 1e3,
+        "tokens_peak_mb": peak_mb(),
+    }
+
+
+def run_script(folder: Path, n: int, resample: bool) -> dict[str, float]:
+    """The steps of SwiFT's preparation script, with our resampling or its crop in front.
+
+    Load the whole scan (float32), call every 0 background, z-score the rest, fill the background
+    with the least value, save each volume as a float16 `.pt`.
+    """
+    import nibabel
+    import torch
+
+    out = folder / f"pt-{'resampled' if resample else 'cropped'}"
+    out.mkdir()
+    start = time.perf_counter()
+    loaded = nibabel.load(folder / f"bold-{n}.nii.gz").get_fdata(dtype=np.float32)
+    data = torch.from_numpy(resample_all(loaded) if resample else crop(loaded))
+    background = data == 0
+    mean, sd = data[~background].mean(), data[~background].std()
+    scores = (data - mean) / sd
+    filled = torch.empty(data.shape)
+    filled[background] = scores[~background].min()
+    filled[~background] = scores[~background]
+    for i, volume in enumerate(torch.split(filled.type(torch.float16), 1, 3)):
+        torch.save(volume.clone(), out / f"frame_{i}.pt")
+    stop = time.perf_counter()
+    return {
+        "ms": (stop - start) / n * 1e3,
+        "peak_mb": peak_mb(),
+        "mean": float(mean),
+        "sd": float(sd),
+    }
+
+
+def resample_all(data: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import affine_transform
+
+    from neuromamba.config import Volumes
+    from neuromamba.volumes import target_affine
+
+    to_source = np.linalg.inv(source_affine()) @ target_affine(Volumes())
+    out = np.empty((96, 96, 96, data.shape[3]), dtype=np.float32)
+    for i in range(data.shape[3]):
+        out[..., i] = affine_transform(data[..., i], to_source, output_shape=(96,) * 3, order=1)
+    return out
+
+
+def crop(data: np.ndarray) -> np.ndarray:
+    """The box of 96 voxels around the middle, as slices typed in by hand would cut it."""
+    return data[:96, 10:106, :96]
+
+
+def in_process(what: str, folder: Path, n: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--side", what, "--folder", str(folder), "--volumes"]
+    result = subprocess.run([*command, str(n)], check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+# --- Comparisons in this process ------------------------------------------------------------------
+
+
+def median_ms(function: Callable[[int], Any], arguments: list[int]) -> float:
+    function(arguments[0])
+    times = []
+    for argument in arguments:
+        start = time.perf_counter()
+        function(argument)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) * 1e3
+
+
+def compare_resampling(folder: Path, n: int) -> dict[str, float]:
+    import nibabel
+    from nilearn.image import resample_img
+    from scipy.ndimage import affine_transform
+
+    from neuromamba.brain import read_brain
+    from neuromamba.config import Volumes
+    from neuromamba.nifti import read_blocks, read_header
+    from neuromamba.resample import Resampler, resample_mask
+    from neuromamba.volumes import target_affine
+
+    header = read_header(folder / f"bold-{n}.nii.gz")
+    block = next(read_blocks(header, ahead=0))
+    affine, shape = target_affine(Volumes()), (96, 96, 96)
+    brain = read_brain(header, folder / "mask.nii.gz")
+    voxels = resample_mask(brain, header.affine, shape, affine)
+    start = time.perf_counter()
+    resampler = Resampler(header.shape, header.affine, shape, affine, voxels)
+    set_up = (time.perf_counter() - start) * 1e3
+    volume = block[0].reshape(SHAPE, order="F").astype(np.float32)
+    image = nibabel.Nifti1Image(volume, header.affine)
+    to_source = np.linalg.inv(header.affine) @ affine
+
+    def ours(_: int) -> np.ndarray:
+        return resampler.apply(resampler.gather(block))
+
+    def nilearn(_: int) -> np.ndarray:
+        options = {"interpolation": "linear", "force_resample": True, "copy_header": True}
+        return np.asarray(resample_img(image, affine, shape, **options).dataobj)
+
+    def scipy(_: int) -> np.ndarray:
+        return affine_transform(volume, to_source, output_shape=shape, order=1)
+
+    reference = nilearn(0).ravel(order="F")[voxels]
+    return {
+        "ours_ms": median_ms(ours, list(range(9))) / len(block),
+        "ours_set_up_once_ms": set_up,
+        "nilearn_ms": median_ms(nilearn, list(range(5))),
+        "scipy_ms": median_ms(scipy, list(range(5))),
+        "largest_difference_to_nilearn": float(np.abs(ours(0)[0] - reference).max()),
+        "typical_value": float(np.median(reference)),
+    }
+
+
+def compare_windows(folder: Path, n: int, few: int, seed: int) -> dict[str, float]:
+    import nibabel
+    import torch
+    import zarr
+
+    from neuromamba.token_store import TokenStore
+
+    store = TokenStore(folder / f"tokens-{n}.zarr")
+    patches = WINDOW // 2
+    random = np.random.default_rng(seed)
+    starts = random.integers(0, store.n_time_patches - patches + 1, 100).tolist()
+    row = store.n_tokens * store.n_values
+    # More than the processor's cache, so that both copies come from main memory.
+    memory = store.window(0, min(store.n_time_patches, 200)).reshape(-1, row)
+    places = random.integers(0, len(memory) - patches + 1, 100).tolist()
+    reused = np.empty((patches, row), dtype=np.float16)
+
+    def copy_new(start: int) -> None:
+        np.copyto(np.empty((patches, row), dtype=np.float16), memory[start : start + patches])
+
+    def copy_reused(start: int) -> None:
+        np.copyto(reused, memory[start : start + patches])
+
+    values = zarr.open_group(folder / f"tokens-{n}.zarr", mode="r")["values"]
+    scan = nibabel.load(folder / f"bold-{n}.nii.gz")
+    saved = folder / "pt-resampled"
+
+    def load_pt(start: int) -> None:
+        paths = [saved / f"frame_{start + i}.pt" for i in range(WINDOW)]
+        torch.stack([torch.load(path, weights_only=True) for path in paths])
+
+    pt_starts = random.integers(0, few - WINDOW + 1, 20).tolist()
+    # Interleaved, so that other load on the machine hits all alike.
+    rounds = [
+        (
+            median_ms(lambda s: store.window(s, patches), starts[i::5]),
+            median_ms(copy_new, places[i::5]),
+            median_ms(copy_reused, places[i::5]),
+        )
+        for i in range(5)
+    ]
+    names = ("ours_ms", "memcpy_ms", "memcpy_reused_ms")
+    result = dict(zip(names, np.median(rounds, axis=0).tolist(), strict=True))
+    for kind in ("global", "voxel"):
+        result[f"ours_normalized_{kind}_ms"] = median_ms(
+            lambda s, kind=kind: store.normalized(s, patches, kind), starts[:20]
+        )
+    result["zarr_python_ms"] = median_ms(lambda s: values[s : s + patches], starts[:20])
+    result["pt_files_ms"] = median_ms(load_pt, pt_starts)
+    result["nibabel_ms"] = median_ms(
+        lambda s: np.asarray(scan.dataobj[..., 2 * s : 2 * s + WINDOW]), starts[:2]
+    )
+    return result
+
+
+def compare_values(folder: Path, n: int, script: dict[str, float]) -> dict[str, float]:
+    """Difference between our store and the script's files, over the voxels' SD."""
+    import torch
+    import xarray
+
+    ours = xarray.open_zarr(folder / f"volumes-{n}.zarr", chunks=None)
+    mask, sd = ours["mask"].values, ours["sd"].values
+    differences = []
+    for t in (0, 7, WINDOW):
+        theirs = torch.load(folder / "pt-resampled" / f"frame_{t}.pt", weights_only=True)
+        values = theirs[..., 0].numpy().astype(np.float64).T * script["sd"] + script["mean"]
+        differences.append(np.abs(ours["bold"][t].values - values)[mask] / sd[mask])
+    return {
+        "median_in_voxel_sd": float(np.median(differences)),
+        "p99_in_voxel_sd": float(np.percentile(differences, 99)),
+        "largest_in_voxel_sd": float(np.max(differences)),
+    }
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("numpy", "scipy", "zarr", "isal", "nibabel", "nilearn", "torch", "neuromamba")
+    return {
+        "date": date.today().isoformat(),
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_at_start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def measure(folder: Path, n: int, few: int, background: str, seed: int) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "background": background,
+        "volumes": n,
+        "volumes_of_the_script": few,
+    }
+
+    def step(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    step(f"writing a scan of {n} volumes")
+    write_inputs(folder, sorted({n, few}), background, seed)
+    packed = (folder / f"bold-{n}.nii.gz").stat().st_size
+    result["gzip_ratio"] = n * int(np.prod(SHAPE)) * 2 / packed
+    step("volumes and tokens")
+    result["ours"] = in_process("ours", folder, n)
+    step(f"the script, on {few} volumes")
+    result["script"] = in_process("script", folder, few)
+    step("the script without resampling")
+    result["crop_script"] = in_process("crop", folder, few)
+    step("resampling")
+    result["resample"] = compare_resampling(folder, n)
+    step("windows")
+    result["window"] = compare_windows(folder, n, few, seed)
+    result["difference"] = compare_values(folder, n, result["script"])
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown, losses included."""
+    ours, script, crop = result["ours"], result["script"], result["crop_script"]
+    resample, window = result["resample"], result["window"]
+    few, n, host = result["volumes_of_the_script"], result["volumes"], result["machine"]
+
+    def line(what: str, value: float, unit: str, base: float | None = None) -> str:
+        ratio = f"{value / base:.2f}x ours" if base else ""
+        return f"| {what} | {value:.2f} {unit} | {ratio} |"
+
+    base, place = ours["volumes_ms"], resample["ours_ms"]
+    both, read = base + ours["tokens_ms"], window["ours_ms"]
+    difference = result["difference"]
+    rows = [
+        f"{host['date']}, {host['processor']}, {host['cores']} cores, load "
+        f"{host['load_average_at_start']:.1f} at the start. Scan: {SHAPE} x {n}, int16, background "
+        f"{result['background']}, gzip ratio {result['gzip_ratio']:.2f}. "
+        f"The scripts ran on {few} volumes.",
+        "",
+        "| what | value | beside ours |",
+        "|---|---|---|",
+        line("preprocess a volume: ours, volumes stage", base, "ms"),
+        line("preprocess a volume: ours, volumes and tokens stages", both, "ms", base),
+        line("preprocess a volume: load all + scipy + z-score + .pt", script["ms"], "ms", base),
+        line("preprocess a volume: load all + crop + z-score + .pt", crop["ms"], "ms", base),
+        line(f"peak memory: ours, volumes stage, {n} volumes", ours["volumes_peak_mb"], "MiB"),
+        line(f"peak memory: ours, tokens stage, {n} volumes", ours["tokens_peak_mb"], "MiB"),
+        line(f"peak memory: script, {few} volumes", script["peak_mb"], "MiB"),
+        line("resample a volume: ours", place, "ms"),
+        line("resample a volume: scipy", resample["scipy_ms"], "ms", place),
+        line("resample a volume: nilearn", resample["nilearn_ms"], "ms", place),
+        line(f"window of {WINDOW} volumes: ours", read, "ms"),
+        line("window: memcpy to new memory", window["memcpy_ms"], "ms", read),
+        line("window: memcpy to reused memory", window["memcpy_reused_ms"], "ms", read),
+        line("window: zarr-python", window["zarr_python_ms"], "ms", read),
+        line("window: .pt files", window["pt_files_ms"], "ms", read),
+        line("window: nibabel, .nii.gz", window["nibabel_ms"], "ms", read),
+        line("window: ours, normalised globally", window["ours_normalized_global_ms"], "ms", read),
+        line("window: ours, normalised by voxel", window["ours_normalized_voxel_ms"], "ms", read),
+        "",
+        f"Same values: the stores differ by {difference['median_in_voxel_sd']:.4f} (median), "
+        f"{difference['p99_in_voxel_sd']:.4f} (99th percentile), "
+        f"{difference['largest_in_voxel_sd']:.4f} (largest) of a voxel's SD, both being float16; "
+        f"resampling differs from nilearn's by at most "
+        f"{resample['largest_difference_to_nilearn']:.4f} at values about "
+        f"{resample['typical_value']:.0f}.",
+    ]
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--volumes", type=int, default=1200)
+    parser.add_argument("--script-volumes", type=int, default=60, help="for the slow alternative")
+    parser.add_argument("--background", choices=["zero", "noise"], default="zero")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--side", choices=["ours", "script", "crop"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side == "ours":
+        print(json.dumps(run_ours(arguments.folder, arguments.volumes)))
+        return
+    if arguments.side:
+        resample = arguments.side == "script"
+        print(json.dumps(run_script(arguments.folder, arguments.volumes, resample)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(
+            Path(folder),
+            arguments.volumes,
+            arguments.script_volumes,
+            arguments.background,
+            arguments.seed,
+        )
+    text = table(result)
+    print(text)
+    host = result["machine"]["processor"].replace(" ", "-").replace("/", "-")
+    name = f"data_layer_{result['machine']['date']}_{host}_{arguments.background}-background"
+    stem = arguments.results / name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=2) + "\n")
+    stem.with_name(stem.name + ".md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
