@@ -46,8 +46,8 @@ BASE_COHERENCE = 0.45
 BASE_SHARED = 0.35
 SHARED_SLOPE = 0.6
 SUBJECT_SD = 0.35
-SEX = {"A": 0.75, "D": -0.75}
-AGE = {"C": -1.1}
+SEX = {"A": 0.75, "B": 0.75, "D": 0.75}
+AGE = {"C": -1.1, "E": -1.1}
 BASE_COUPLING = 0.3
 SEX_COUPLING = 0.4
 COUPLING_SD = 0.15
@@ -70,9 +70,9 @@ class Site:
 
 
 SITES = {
-    "amber": Site(0.06, 0.010, 0.8, 0.45, 0.25),
+    "amber": Site(0.08, 0.010, 0.8, 0.45, 0.25),
     "birch": Site(0.12, 0.013, 1.0, 0.35, 0.35),
-    "cedar": Site(0.20, 0.017, 1.3, 0.20, 0.40),
+    "cedar": Site(0.16, 0.017, 1.3, 0.20, 0.40),
 }
 
 

@@ -88,6 +88,11 @@ def run_finetune(
     load_weights(backbone, pretrain)
     network = HeadedModel(backbone, task, settings.head_dropout, settings.mode == "head")
     windows = open_windows(config, dataset, model, network, subjects, runs)
+    device = choose_device(config.compute.device)
+    train, network = windows["train"], network.to(device)
+    spaced = train.spaced(settings.validation_windows)
+    batches = tqdm(list(spaced), desc="standardize", unit="window", mininterval=1.0)
+    network.standardize(to_device(train.batch([w]), device) for w in batches)
 
     def with_label(batch: Batch) -> Batch:
         return {**batch, "label": torch.tensor([used[name] for name in batch["subject"]])}

@@ -1,12 +1,15 @@
 """A head that turns a model's embedding into a prediction, and the losses it learns by.
 
-The head is LayerNorm -> dropout -> Linear. It has no statistics over the batch, so a prediction
-does not depend on what else is predicted.
+The head is standardisation -> dropout -> Linear. Embeddings of different people are nearly the same
+vector; what tells them apart is a percent of it, and a linear layer would take long to find that.
+So each feature is centred and scaled by its mean and SD over windows of the training subjects, as a
+linear probe does, once before the first step. These numbers are then fixed: a prediction does not
+depend on what else is predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +98,9 @@ class HeadedModel(nn.Module):
         Train the head alone; the backbone then works as in evaluation.
     """
 
+    center: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -105,13 +111,28 @@ class HeadedModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         width = int(backbone.width)  # type: ignore[arg-type]
-        self.head = nn.Sequential(
-            nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, task.outputs)
-        )
+        self.register_buffer("center", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, task.outputs))
+        # The first prediction is then the same for everybody, and no direction is favoured.
+        nn.init.zeros_(self.head[1].weight)
+        nn.init.zeros_(self.head[1].bias)
         self.task = task
         self.frozen = frozen
         self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]
         backbone.requires_grad_(not frozen)
+
+    @torch.no_grad()
+    def standardize(self, batches: Iterable[Batch]) -> None:
+        """Set the mean and SD of the features from batches of the training subjects."""
+        mode = self.training
+        self.eval()
+        embeddings = torch.cat([self.backbone.embed(batch).float() for batch in batches])  # type: ignore[operator]
+        self.train(mode)
+        self.center.copy_(embeddings.mean(0))
+        # A feature that is the same for everybody stays as it is instead of being blown up.
+        sd = embeddings.std(0, correction=0)
+        self.scale.copy_(torch.where(sd > 1e-6 * embeddings.abs().mean(), sd, 1.0))
 
     def train(self, mode: bool = True) -> HeadedModel:
         super().train(mode)
@@ -131,4 +152,4 @@ class HeadedModel(nn.Module):
             embedding = self.backbone.embed(batch)  # type: ignore[operator]
         # In float32 also under autocast: the head is small, and the loss needs the digits.
         with torch.autocast(embedding.device.type, enabled=False):
-            return self.head(embedding.float())
+            return self.head((embedding.float() - self.center) / self.scale)

@@ -14,12 +14,10 @@ Source: NIfTI-1 and NIfTI-2 headers as read by nibabel (https://nifti.nimh.nih.g
 from __future__ import annotations
 
 import io
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
 
 import nibabel
 import numpy as np
@@ -27,16 +25,15 @@ import numpy.typing as npt
 from isal import igzip, igzip_lib
 
 from neuromamba.files import InputError
+from neuromamba.prefetch import prefetch
 
-BLOCK_BYTES = 16 * 2**20
-"""Size of a decoded block. A volume that is larger is a block of its own."""
-AHEAD = 4
+BLOCK_BYTES = 4 * 2**20
+"""Size of a decoded block, which is to stay in the cache; a larger volume is a block of its own."""
+AHEAD = 24
 """Blocks decoded ahead: enough to keep the decoder busy while a shard is compressed."""
 
 DAMAGED = (OSError, cast(type[Exception], igzip_lib.IsalError))
 """What reading raises; the cast is there because isal's type stub calls the class an instance."""
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def read_blocks(header: Header, ahead: int = AHEAD) -> Iterator[npt.NDArray[Any]
         come after the last block.
     """
     blocks = _blocks(header)
-    return _prefetch(blocks, ahead) if ahead else blocks
+    return prefetch(blocks, ahead) if ahead else blocks
 
 
 def read_image(header: Header) -> npt.NDArray[np.float32]:
@@ -256,17 +253,3 @@ def _blocks(header: Header) -> Iterator[npt.NDArray[Any]]:
                 f"{header.path}: goes on after the {header.n_volumes} volumes that its header "
                 "declares; one of the two is wrong, so make or download it again"
             )
-
-
-def _prefetch(items: Iterator[Item], ahead: int) -> Iterator[Item]:
-    """Run an iterator in a thread, up to `ahead` items before they are asked for."""
-    waiting: deque[Future[Item | None]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
-        try:
-            waiting.extend(pool.submit(next, items, None) for _ in range(ahead))
-            while (item := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(next, items, None))
-                yield item
-        finally:
-            for future in waiting:
-                future.cancel()

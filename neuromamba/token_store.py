@@ -56,7 +56,7 @@ class TokenStore:
         self.path = Path(path)
         self.attrs: dict[str, Any] = read_json(self.path / "zarr.json")["attributes"]
         self._values = ShardedArray(self.path / "values")
-        self.n_time_patches, self.n_tokens, self.n_values = self._values.shape
+        self.n_time_patches, self.n_tokens, self.n_values = self._values.layout.shape
         self.run: str = self.attrs["run"]
         self.subject: str = self.attrs["subject"]
 
@@ -120,7 +120,8 @@ class TokenStore:
     def _decoded(self) -> npt.NDArray[np.float32]:
         """The `global` value of each of the 65536 float16 numbers; twice as fast as arithmetic."""
         stored = np.arange(2**16).astype(np.uint16).view(np.float16).astype(np.float64)
-        scale, offset = self._values.attrs["scale_factor"], self._values.attrs["add_offset"]
+        attrs = self._values.layout.attrs
+        scale, offset = attrs["scale_factor"], attrs["add_offset"]
         finite = np.where(np.isfinite(stored), stored, 0)
         values = (finite * scale + offset - self.attrs["global_mean"]) / self.attrs["global_sd"]
         return np.where(np.isfinite(stored), values, 0).astype(np.float32)

@@ -4,7 +4,7 @@ Design choices
 --------------
 - Which patches are kept is the run's own affair: it follows from the run's mask alone, so what a
   model says about a run cannot depend on the runs that share its batch.
-- Values are uncompressed and a chunk is one time patch of all tokens. `TokenStore` finds chunks
+- Values are uncompressed and a chunk is one time patch of all tokens: `TokenStore` finds chunks
   through the shard's index and reads their bytes straight into the output.
 - Statistics lie beside the values, and normalisation happens at load.
 
@@ -13,6 +13,7 @@ Token order: x slowest, z fastest. Value order inside a token: (t, z, y, x), x f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import neuromamba
 from neuromamba.config import Config, Tokens
 from neuromamba.files import InputError, atomic_path, digest_json
 from neuromamba.layout import Layout
+from neuromamba.shards import ShardWriter
 from neuromamba.stage import process_runs, usable_runs
 from neuromamba.store import add_array, finish, finished, get_array
 
@@ -151,7 +153,7 @@ def _pack(
 ) -> dict[str, Any]:
     """Write the token store; return its attributes."""
     bold, mask = get_array(volumes, "bold"), np.asarray(get_array(volumes, "mask")[...])
-    # zarr fills in for files that are missing, here and in `_copy_values`.
+    # zarr fills in for files that are missing, here and in `_rows`.
     if mask.sum() != volumes.attrs["n_voxels"]:
         raise ValueError("the brain mask is not the one that was written")
     patches = index_patches(mask, tokens.patch, tokens.brain_fraction)
@@ -174,56 +176,54 @@ def _pack(
         "n_time_patches": n_time_patches,
         "neuromamba_version": neuromamba.__version__,
     }
-    row = (n_tokens, tokens.time_patch * tokens.patch**3)
+    shape = (n_time_patches, n_tokens, tokens.time_patch * tokens.patch**3)
     with atomic_path(target) as temporary:
         group = zarr.create_group(temporary, zarr_format=3)
-        values = group.create_array(
-            "values",
-            shape=(n_time_patches, *row),
-            chunks=(1, *row),
-            shards=(shard_volumes // tokens.time_patch, *row),
-            dtype="float16",
-            compressors=None,
-            fill_value=np.nan,
-            dimension_names=["time_patch", "token", "value"],
-            attributes={
-                "long_name": "BOLD signal, NaN outside the brain mask",
-                "scale_factor": bold.attrs["scale_factor"],
-                "add_offset": bold.attrs["add_offset"],
-            },
-            # Who reads through the index counts on every chunk being there.
-            config={"write_empty_chunks": True},
-        )
-        _copy_values(bold, values, patches, mask, tokens.time_patch)
+        _create_values(group, shape, shard_volumes // tokens.time_patch, bold)
+        with ShardWriter(temporary / "values") as writer:
+            for row in _rows(bold, patches, mask, tokens.time_patch):
+                writer.append(row)
         _add_index(group, volumes, patches)
         finish(group, attributes)
     return attributes
 
 
-def _copy_values(
-    bold: zarr.Array[Any],
-    values: zarr.Array[Any],
-    patches: PatchIndex,
-    mask: npt.NDArray[np.bool_],
-    time_patch: int,
+def _create_values(
+    group: zarr.Group, shape: tuple[int, int, int], shard: int, bold: zarr.Array[Any]
 ) -> None:
-    """Gather the tokens' voxels from the volumes, a shard at a time, in stored units."""
-    assert values.shards is not None
-    length = values.shards[0]
+    group.create_array(
+        "values",
+        shape=shape,
+        chunks=(1, *shape[1:]),
+        shards=(shard, *shape[1:]),
+        dtype="float16",
+        compressors=None,
+        fill_value=np.nan,
+        dimension_names=["time_patch", "token", "value"],
+        attributes={
+            "long_name": "BOLD signal, NaN outside the brain mask",
+            "scale_factor": bold.attrs["scale_factor"],
+            "add_offset": bold.attrs["add_offset"],
+        },
+    )
+
+
+def _rows(
+    bold: zarr.Array[Any], patches: PatchIndex, mask: npt.NDArray[np.bool_], time_patch: int
+) -> Iterator[npt.NDArray[np.float16]]:
+    """Yield the tokens of each time patch, (1, token, value), in stored units."""
+    shard = bold.shards[0] if bold.shards else time_patch
+    whole = bold.shape[0] // time_patch * time_patch
     witness = np.flatnonzero(mask)[0]
-    for start in range(0, values.shape[0], length):
-        stop = min(start + length, values.shape[0])
-        volumes = np.asarray(bold[start * time_patch : stop * time_patch])
+    for start in range(0, whole, shard):
+        volumes = np.asarray(bold[start : min(start + shard, whole)])
         volumes = volumes.reshape(len(volumes), -1)
         # A brain voxel is NaN only where zarr has filled in.
         if np.isnan(volumes[:, witness]).any():
-            raise ValueError(f"parts of volumes {start * time_patch} and after are missing")
-        packed = np.empty(
-            (stop - start, values.shape[1], time_patch, patches.voxels.shape[1]), "f2"
-        )
-        for i, volume in enumerate(volumes):
-            packed[i // time_patch, :, i % time_patch] = volume[patches.voxels]
-        values[start:stop] = packed.reshape(stop - start, *values.shape[1:])
+            raise ValueError(f"parts of volumes {start} and after are missing")
+        for first in range(0, len(volumes), time_patch):
+            tokens = [volume[patches.voxels] for volume in volumes[first : first + time_patch]]
+            yield np.concatenate(tokens, axis=1)[None]
 
 
 def _add_index(group: zarr.Group, volumes: zarr.Group, patches: PatchIndex) -> None:

@@ -14,7 +14,7 @@ Design choices
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from neuromamba.files import InputError, atomic_path, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.moments import Floats, Moments
 from neuromamba.nifti import read_header
+from neuromamba.prefetch import prefetch
+from neuromamba.shards import ShardWriter
 from neuromamba.stage import process_runs, runs_of_batch, usable_runs
 from neuromamba.store import FLOAT16_MAX, Code, add_array, finish, finished
 from neuromamba.tables import read_table
@@ -42,6 +44,8 @@ CENTRE_MM = (0.5, -17.5, 4.5)
 y -108.5..71.5, z -72.5..81.5) lies inside 96 voxels of 2 mm with at least 2 to spare on each side,
 and the grid falls on that of fMRIPrep's `res-2`, whose values are therefore copied unchanged."""
 MANIFEST_FACTS = ("key", "n_volumes", "n_voxels", "n_constant_voxels")
+CHUNKS_AHEAD = 4
+"""Chunks made before they are compressed, which is in another thread."""
 PROBE_VOLUMES = 10
 """Volumes that the storage scale and the guess of the constant voxels come from."""
 
@@ -154,9 +158,13 @@ def _convert(
     code, constant = _probe(stream)
     with atomic_path(target) as temporary:
         group = zarr.create_group(temporary, zarr_format=3)
-        bold = _create_bold(group, stream.header.n_volumes, volumes, time_patch, code)
+        _create_bold(group, stream.header.n_volumes, volumes, time_patch, code)
         while True:
-            moments = _write(bold, stream, code, constant)
+            moments = Moments()
+            chunks = _chunks(stream, code, constant, (time_patch, *volumes.shape[::-1]), moments)
+            with ShardWriter(temporary / "bold") as writer:
+                for chunk in prefetch(chunks, CHUNKS_AHEAD):
+                    writer.append(chunk)
             found = _constant(moments, code)
             if found.all():
                 raise InputError(
@@ -193,7 +201,7 @@ def _probe(stream: BrainStream) -> tuple[Code, npt.NDArray[np.bool_]]:
     first = np.concatenate(volumes)[:PROBE_VOLUMES]
     sd = float(first.std(dtype=np.float64))
     code = Code(scale=sd or 1.0, offset=float(first.mean(dtype=np.float64)))
-    moments = Moments(first[0])
+    moments = Moments()
     moments.add(first)
     return code, moments.sd() == 0
 
@@ -204,9 +212,9 @@ def _constant(moments: Moments, code: Code) -> npt.NDArray[np.bool_]:
 
 def _create_bold(
     group: zarr.Group, n_volumes: int, volumes: Volumes, time_patch: int, code: Code
-) -> zarr.Array[Any]:
+) -> None:
     grid = volumes.shape[::-1]
-    return group.create_array(
+    group.create_array(
         "bold",
         shape=(n_volumes, *grid),
         chunks=(time_patch, *grid),
@@ -216,43 +224,30 @@ def _create_bold(
         fill_value=np.nan,
         dimension_names=["time", "z", "y", "x"],
         attributes={"long_name": "BOLD signal, NaN outside the brain mask", **code.attributes},
-        # Looking for empty chunks costs more than compressing, and there are none.
-        config={"write_empty_chunks": True},
     )
 
 
-def _write(
-    bold: zarr.Array[Any], stream: BrainStream, code: Code, left_out: npt.NDArray[np.bool_]
-) -> Moments:
-    """Write a run's volumes shard by shard; return all voxels' moments, also of those left out."""
-    n_volumes, length = bold.shape[0], bold.shards[0] if bold.shards else bold.shape[0]
-    # One is filled while the other is compressed and written. NumPy fills float16 at a tenth of
-    # the speed of integers, hence the bits of NaN.
-    shards = [
-        np.full((length, *bold.shape[1:]), np.float16(np.nan).view(np.uint16)).view(np.float16)
-        for _ in range(min(2, -(-n_volumes // length)))
-    ]
-    moments = None
-    done = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        writing: Future[None] | None = None
-        for values in stream.blocks():
-            moments = moments or Moments(values[0].copy())
-            moments.add(values)
-            for volume in _encode(values, code, left_out, stream.header.path, done):
-                number, place = divmod(done, length)
-                shard = shards[number % len(shards)]
-                shard[place].reshape(-1)[stream.voxels] = volume
-                done += 1
-                if place + 1 == length or done == n_volumes:
-                    if writing:
-                        writing.result()
-                    rows = slice(number * length, done)
-                    writing = writer.submit(bold.__setitem__, rows, shard[: place + 1])
-        assert moments is not None
-        assert writing is not None
-        writing.result()
-    return moments
+def _chunks(
+    stream: BrainStream,
+    code: Code,
+    left_out: npt.NDArray[np.bool_],
+    chunk_shape: tuple[int, ...],
+    moments: Moments,
+) -> Iterator[npt.NDArray[np.float16]]:
+    """Yield a run in chunks of `chunk_shape` (t, z, y, x); put all voxels into `moments`."""
+    empty = np.full(chunk_shape, np.nan, dtype=np.float16)
+    chunk, filled = empty.copy(), 0
+    for values in stream.blocks():
+        stored = _encode(values, code, left_out, stream.header.path, moments.n)
+        moments.add(values)
+        for volume in stored:
+            chunk[filled].reshape(-1)[stream.voxels] = volume
+            filled += 1
+            if filled == len(chunk):
+                yield chunk
+                chunk, filled = empty.copy(), 0
+    if filled:
+        yield chunk
 
 
 def _encode(

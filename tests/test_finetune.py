@@ -103,14 +103,25 @@ def test_a_frozen_backbone_gets_no_gradient_and_no_dropout():
     batch = {"x": torch.randn(5, 3), "label": torch.tensor([0, 1, 0, 1, 1])}
     model.loss(batch)["loss"].backward()
     assert model.backbone.scale.grad is None
-    assert model.head[2].weight.grad is not None
+    assert model.head[1].weight.grad is not None
     assert torch.equal(model.backbone.embed(batch), batch["x"])
     assert not model.backbone.training
     assert model.head.training
 
 
+def test_features_are_standardized_by_the_batches_given():
+    model = HeadedModel(Mean(), NumberHead(0.0, 1.0), 0.0, frozen=False).train()
+    x = torch.randn(40, 3) * torch.tensor([1.0, 10.0, 0.0]) + 100
+    model.standardize({"x": part} for part in x.split(7))
+    z = (x - model.center) / model.scale
+    torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
+    assert model.training
+
+
 def test_a_full_model_gets_gradients_everywhere():
     model = HeadedModel(Mean(), NumberHead(0.0, 1.0), 0.0, frozen=False).train()
+    torch.nn.init.ones_(model.head[1].weight)
     batch = {"x": torch.randn(5, 3), "label": torch.randn(5)}
     model.loss(batch)["loss"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -220,7 +231,7 @@ def test_changed_labels_are_another_training(tmp_path, parts):
 
 
 def test_it_learns_an_effect_that_is_there(tmp_path, parts):
-    config = finetune(tmp_path, steps=60, learning_rate=0.02, validate_every=10)
+    config = finetune(tmp_path, steps=60, learning_rate=0.01, validate_every=10, validation_windows=3)
     predicted = predict(config, parts["test"] + parts["validation"]).set_index("subject")
     for subject, row in predicted.iterrows():
         sex = "female" if int(subject[4:]) % 2 else "male"

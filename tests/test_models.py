@@ -62,9 +62,11 @@ def test_published_parameter_counts(width: int, state: int, published: float) ->
     with torch.device("meta"):
         model = build_model(NeuroMamba(family="neuromamba", width=width, state=state), 432)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
+    # To the last published digit if the position code's projection is left out of the count, and
+    # the weights of the pooling, which are ours.
+    added = [*model.position.parameters(), *model.pool.parameters()]
+    without = millions - sum(p.numel() for p in added) / 1e6
     assert millions == pytest.approx(published, rel=0.01)
-    # To the last published digit if the position code's projection is left out of the count.
-    without = millions - sum(p.numel() for p in model.position.parameters()) / 1e6
     decimals = len(str(published).partition(".")[2])
     assert round(without, decimals) == published
 
@@ -81,11 +83,29 @@ def test_contract() -> None:
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    model = build()
-    model.loss(make_batch([3, 5]))["loss"].backward()
+    model, batch = build(), make_batch([3, 5])
+    (model.loss(batch)["loss"] + model.embed(batch).square().sum()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_before_fine_tuning_the_embedding_is_the_plain_mean() -> None:
+    model, batch = build(), make_batch([4])
+    torch.testing.assert_close(model.embed(batch), model.encode(batch).mean(1))
+
+
+def test_pooling_weights_belong_to_positions_and_groups_of_channels() -> None:
+    model, batch = build(), make_batch([3, 5])
+    torch.nn.init.normal_(model.pool.weight)
+    hidden, embedding = model.encode(batch), model.embed(batch)
+    heads, n_time = model.pool.out_features, batch["tokens"].shape[2]
+    for row, count in enumerate([3, 5]):
+        h = hidden[row, : count * n_time]
+        weights = model.pool(h).softmax(0)
+        groups = h.chunk(heads, dim=1)
+        expected = [weights[:, k] @ group for k, group in enumerate(groups)]
+        torch.testing.assert_close(embedding[row], torch.cat(expected))
 
 
 def test_loss_by_hand() -> None:
@@ -246,7 +266,7 @@ def test_bfloat16_autocast_on_cpu() -> None:
     expected = model.loss(batch)["loss"].item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scalars, embedding = model.loss(batch), model.embed(batch)
-    scalars["loss"].backward()
+    (scalars["loss"] + embedding.sum()).backward()
     assert scalars["loss"].dtype == torch.float32
     assert scalars["loss"].item() == pytest.approx(expected, rel=0.02)
     assert embedding.dtype == torch.float32

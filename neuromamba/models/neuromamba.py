@@ -13,7 +13,10 @@ Ours, where the paper is silent or we differ:
 - Background voxels inside a kept patch are 0 and count in the loss like any other value.
 - The first time patch of a spatial patch is predicted from the patches before it without being
   told where it lies, as the published order implies.
-- `embed` averages the final normalised hidden states over the run's patches and time.
+- `embed` averages the final normalised hidden states over the run's patches and time, with weights
+  that fine-tuning learns (attention pooling, `POOL_HEADS` groups of channels). They start out equal,
+  so that a model which is only pretrained gives the plain mean. A plain mean cannot tell where in the
+  brain a state occurred, nor that its size varies; learnt weights can.
 - Output projections of the blocks start smaller by sqrt(depth), as in the Mamba reference model.
 
 Dimensions in names: B batch, P patches (space), T time patches, V values of a patch, L = P * T
@@ -35,6 +38,8 @@ from neuromamba.models.skill import masked_mean, skills
 from neuromamba.models.ssm import EPSILON, Mamba2
 
 Batch = dict[str, Tensor]
+
+POOL_HEADS = 8
 
 
 class Block(nn.Module):
@@ -91,6 +96,9 @@ class NeuroMamba(nn.Module):
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.depth))
         self.norm = nn.RMSNorm(settings.width, EPSILON)
         self.head = nn.Linear(settings.width, patch_values)
+        self.pool = nn.Linear(settings.width, POOL_HEADS)
+        nn.init.zeros_(self.pool.weight)
+        nn.init.zeros_(self.pool.bias)
         with torch.no_grad():
             for block in self.blocks:
                 block.mixer.out_proj.weight /= math.sqrt(settings.depth)  # type: ignore[union-attr,operator]
@@ -110,11 +118,14 @@ class NeuroMamba(nn.Module):
         return self.norm(h_BLC)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Mean of the hidden states over a run's positions: (B, width)."""
-        mask_BPTC = batch["patch_mask"][:, :, None, None]
-        h_BPTC = self.encode(batch).unflatten(1, (mask_BPTC.shape[1], -1))
-        total_BC = h_BPTC.masked_fill(~mask_BPTC, 0).sum((1, 2))
-        return total_BC / (mask_BPTC.sum((1, 2)) * h_BPTC.shape[2])
+        """Weighted mean of the hidden states over a run's positions: (B, width)."""
+        mask_BP11 = batch["patch_mask"][:, :, None, None]
+        h_BLC = self.encode(batch)
+        score_BPTH = self.pool(h_BLC).unflatten(1, (mask_BP11.shape[1], -1))
+        score_BLH = score_BPTH.masked_fill(~mask_BP11, -torch.inf).flatten(1, 2)
+        groups_BLHC = h_BLC.unflatten(-1, (POOL_HEADS, -1))
+        weights_BLH = score_BLH.softmax(1).to(h_BLC.dtype)
+        return (weights_BLH[..., None] * groups_BLHC).sum(1).flatten(1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Next-patch mean squared error, and what two honest predictors get.
