@@ -12,7 +12,7 @@ help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 demo: data/demo/participants.tsv ## synthetic subjects through the whole workflow, to a report
-	$(BIN)/snakemake --cores $(CORES) --configfile config/demo.yaml all
+	$(BIN)/snakemake --cores $(CORES) all --configfile config/demo.yaml --set-threads finetune_model=1
 	@$(BIN)/neuromamba summary --config config/config.yaml config/demo.yaml
 
 # The folder is renamed into place whole, so one file tells that all of it is there.

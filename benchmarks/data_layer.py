@@ -8,8 +8,8 @@ millimetre off the target grid so that there is something to interpolate. Then:
 
 - preprocess: our volumes stage, and our tokens stage, against a script that loads the whole scan,
   resamples each volume with scipy, and then does what SwiFT's does: masked z-scores, one `.pt` file
-  a volume. The script runs on fewer volumes; times are per volume. The same without resampling is
-  measured too.
+  a volume. The script runs on fewer volumes; times are per volume. It is measured with the scan in
+  float64 and in float32, and with a crop instead of the resampling.
 - resample: one volume by our matrix, by nilearn, by scipy.
 - window: 20 consecutive volumes from a random place, from the page cache.
 - peak memory of both, each in a process of its own.
@@ -40,6 +40,12 @@ SHAPE = (97, 115, 97)
 ORIGIN = (-96.0, -132.0, -78.0)
 WINDOW = 20
 SHARD = 48
+SCRIPTS = {
+    "script": ("float32", True),
+    "float64_script": ("float64", True),
+    "crop_script": ("float32", False),
+}
+"""The variants of the script: type that the scan is loaded as, and whether it is resampled."""
 
 
 def source_affine() -> np.ndarray:
@@ -129,24 +135,25 @@ def run_ours(folder: Path, n: int) -> dict[str, float]:
     }
 
 
-def run_script(folder: Path, n: int, resample: bool) -> dict[str, float]:
-    """The steps of SwiFT's preparation script, with our resampling or its crop in front.
+def run_script(folder: Path, n: int, dtype: str, resample: bool) -> dict[str, float]:
+    """The steps of SwiFT's preparation script, with resampling or its crop in front.
 
-    Load the whole scan (float32), call every 0 background, z-score the rest, fill the background
-    with the least value, save each volume as a float16 `.pt`.
+    Load the whole scan, call every 0 background, z-score the rest, fill the background with the
+    least value, save each volume as a float16 `.pt`. `get_fdata()` loads as float64; MONAI, which
+    SwiFT uses, as float32.
     """
     import nibabel
     import torch
 
-    out = folder / f"pt-{'resampled' if resample else 'cropped'}"
+    out = folder / f"pt-{'resampled' if resample else 'cropped'}-{dtype}"
     out.mkdir()
     start, start_cpu = time.perf_counter(), time.process_time()
-    loaded = nibabel.load(folder / f"bold-{n}.nii.gz").get_fdata(dtype=np.float32)
+    loaded = nibabel.load(folder / f"bold-{n}.nii.gz").get_fdata(dtype=np.dtype(dtype))
     data = torch.from_numpy(resample_all(loaded) if resample else crop(loaded))
     background = data == 0
     mean, sd = data[~background].mean(), data[~background].std()
     scores = (data - mean) / sd
-    filled = torch.empty(data.shape)
+    filled = torch.empty(data.shape, dtype=data.dtype)
     filled[background] = scores[~background].min()
     filled[~background] = scores[~background]
     for i, volume in enumerate(torch.split(filled.type(torch.float16), 1, 3)):
@@ -168,7 +175,7 @@ def resample_all(data: np.ndarray) -> np.ndarray:
     from neuromamba.volumes import target_affine
 
     to_source = np.linalg.inv(source_affine()) @ target_affine(Volumes())
-    out = np.empty((96, 96, 96, data.shape[3]), dtype=np.float32)
+    out = np.empty((96, 96, 96, data.shape[3]), dtype=data.dtype)
     for i in range(data.shape[3]):
         out[..., i] = affine_transform(data[..., i], to_source, output_shape=(96,) * 3, order=1)
     return out
@@ -292,7 +299,7 @@ def time_other_windows(
 
     values = zarr.open_group(folder / f"tokens-{n}.zarr", mode="r")["values"]
     scan = nibabel.load(folder / f"bold-{n}.nii.gz")
-    saved = folder / "pt-resampled"
+    saved = folder / "pt-resampled-float32"
 
     def load_pt(start: int) -> None:
         paths = [saved / f"frame_{start + i}.pt" for i in range(WINDOW)]
@@ -317,7 +324,7 @@ def compare_values(folder: Path, n: int, script: dict[str, float]) -> dict[str, 
     mask, sd = ours["mask"].values, ours["sd"].values
     differences = []
     for t in (0, 7, WINDOW):
-        theirs = torch.load(folder / "pt-resampled" / f"frame_{t}.pt", weights_only=True)
+        theirs = torch.load(folder / "pt-resampled-float32" / f"frame_{t}.pt", weights_only=True)
         values = theirs[..., 0].numpy().astype(np.float64).T * script["sd"] + script["mean"]
         differences.append(np.abs(ours["bold"][t].values - values)[mask] / sd[mask])
     return {
@@ -362,10 +369,9 @@ def measure(folder: Path, n: int, few: int, background: str, seed: int) -> dict[
     result["gzip_ratio"] = n * int(np.prod(SHAPE)) * 2 / packed
     step("volumes and tokens")
     result["ours"] = in_process("ours", folder, n)
-    step(f"the script, on {few} volumes")
-    result["script"] = in_process("script", folder, few)
-    step("the script without resampling")
-    result["crop_script"] = in_process("crop", folder, few)
+    for script in SCRIPTS:
+        step(f"{script}, on {few} volumes")
+        result[script] = in_process(script, folder, few)
     step("resampling")
     result["resample"] = compare_resampling(folder, n)
     step("windows")
@@ -376,7 +382,7 @@ def measure(folder: Path, n: int, few: int, background: str, seed: int) -> dict[
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown, losses included."""
-    ours, script, crop = result["ours"], result["script"], result["crop_script"]
+    ours, script = result["ours"], result["script"]
     resample, window = result["resample"], result["window"]
     few, n, host = result["volumes_of_the_script"], result["volumes"], result["machine"]
 
@@ -391,16 +397,17 @@ def table(result: dict[str, Any]) -> str:
         f"{host['date']}, {host['processor']}, {host['cores']} cores, load "
         f"{host['load_average_at_start']:.1f} at the start. Scan: {SHAPE} x {n}, int16, background "
         f"{result['background']}, gzip ratio {result['gzip_ratio']:.2f}. "
-        f"The scripts ran on {few} volumes.",
+        f"Preprocessing is per volume; the scripts ran on {few} volumes.",
         "",
         "| what | value | beside ours |",
         "|---|---|---|",
-        line("preprocess a volume: ours, volumes stage", base, "ms"),
-        line("preprocess a volume: ours, volumes and tokens stages", both, "ms", base),
-        line("the same in processor time: ours, volumes stage", ours["volumes_cpu_ms"], "ms"),
-        line("the same in processor time: script", script["cpu_ms"], "ms", ours["volumes_cpu_ms"]),
-        line("preprocess a volume: load all + scipy + z-score + .pt", script["ms"], "ms", base),
-        line("preprocess a volume: load all + crop + z-score + .pt", crop["ms"], "ms", base),
+        line("preprocess: ours, volumes stage", base, "ms"),
+        line("preprocess: ours, volumes and tokens stages", both, "ms", base),
+        line("preprocess: get_fdata() + scipy + .pt", result["float64_script"]["ms"], "ms", base),
+        line("preprocess: the same in float32 (`script`)", script["ms"], "ms", base),
+        line("preprocess: float32, crop instead of scipy", result["crop_script"]["ms"], "ms", base),
+        line("processor time: ours, volumes stage", ours["volumes_cpu_ms"], "ms"),
+        line("processor time: script", script["cpu_ms"], "ms", ours["volumes_cpu_ms"]),
         line(f"peak memory: ours, volumes stage, {n} volumes", ours["volumes_peak_mb"], "MiB"),
         line(f"peak memory: ours, tokens stage, {n} volumes", ours["tokens_peak_mb"], "MiB"),
         line(f"peak memory: script, {few} volumes", script["peak_mb"], "MiB"),
@@ -433,15 +440,15 @@ def main() -> None:
     parser.add_argument("--background", choices=["zero", "noise"], default="zero")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--side", choices=["ours", "script", "crop"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", *SCRIPTS], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side == "ours":
         print(json.dumps(run_ours(arguments.folder, arguments.volumes)))
         return
     if arguments.side:
-        resample = arguments.side == "script"
-        print(json.dumps(run_script(arguments.folder, arguments.volumes, resample)))
+        how = SCRIPTS[arguments.side]
+        print(json.dumps(run_script(arguments.folder, arguments.volumes, *how)))
         return
     with tempfile.TemporaryDirectory() as folder:
         result = measure(

@@ -1,12 +1,12 @@
-"""Paint real ROI time series into 4D scans, to run the whole workflow on labelled real time courses.
+"""Paint real ROI time series into 4D scans, to run the whole workflow on real time courses.
 
 Input: a folder with `abide_cc400/` (`timeseries.npz`: CC400 ROI series of ABIDE subjects from the
 Preprocessed Connectomes Project, C-PAC with band-pass and global signal regression, int8 z values
-per ROI; `participants.tsv`) and `atlas/cc400_roi_atlas_3mm.nii.gz`. Output: a folder that looks like
-fMRIPrep derivatives, with one run a subject, that `benchmarks/painted_abide.yaml` describes:
+per ROI; `participants.tsv`) and `atlas/cc400_roi_atlas_3mm.nii.gz`. Output: a folder that looks
+like fMRIPrep derivatives, one run a subject, which `benchmarks/painted_abide.yaml` describes:
 
     python benchmarks/paint_abide.py DATA data/painted-abide
-    snakemake --cores 2 --configfile benchmarks/painted_abide.yaml
+    snakemake --cores 2 all --configfile benchmarks/painted_abide.yaml
 
 The time courses are real; space is not: every voxel of a region carries the same series, so a model
 of voxels sees no more than a model of regions. ABIDE is CC BY-NC-SA: cite Di Martino 2014 and

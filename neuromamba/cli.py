@@ -75,7 +75,7 @@ def _add(
     known = {
         "dataset": {"help": "a name under `datasets` (default: the only one)"},
         "model": {"help": "a name under `models` (default: the only one)"},
-        "target": {"required": True, "help": "a name under the dataset's `targets`"},
+        "target": {"help": "a name under the dataset's `targets` (default: all in turn)"},
         "seed": {"type": int, "help": "seed of the training (default: the first of `seeds`)"},
         "batch": {"type": int, "help": "which of `compute.batches` jobs (default: all in turn)"},
         "on-change": {
@@ -110,7 +110,7 @@ def _choose(kind: str, name: str | None, known: Sequence[str]) -> str:
     """The name given, or the only one there is."""
     if name is None and len(known) == 1:
         return known[0]
-    if name not in known:
+    if name is None or name not in known:
         given = f"{name!r} is none of them" if name else "choose one"
         raise InputError(f"--{kind}: the config has {', '.join(known)}; {given}")
     return name
@@ -126,11 +126,11 @@ def _training(options: argparse.Namespace, config: Config) -> tuple[str, str, in
     return _dataset(options, config), model, seed
 
 
-def _target(options: argparse.Namespace, config: Config, dataset: str) -> str:
+def _targets(options: argparse.Namespace, config: Config, dataset: str) -> list[str]:
     known = list(config.datasets[dataset].targets)
     if not known:
         raise InputError(f"--target: dataset {dataset} names no targets in its YAML file")
-    return _choose("target", options.target, known)
+    return known if options.target is None else [_choose("target", options.target, known)]
 
 
 def _batches(options: argparse.Namespace, config: Config) -> list[int]:
@@ -206,8 +206,8 @@ def _finetune(options: argparse.Namespace) -> None:
 
     config = _config(options)
     dataset, model, seed = _training(options, config)
-    target = _target(options, config, dataset)
-    run_finetune(config, dataset, model, seed, target, on_change=options.on_change)
+    for target in _targets(options, config, dataset):
+        run_finetune(config, dataset, model, seed, target, on_change=options.on_change)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -215,7 +215,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     config = _config(options)
     dataset, model, seed = _training(options, config)
-    run_evaluate(config, dataset, model, seed, _target(options, config, dataset))
+    for target in _targets(options, config, dataset):
+        run_evaluate(config, dataset, model, seed, target)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -113,10 +113,11 @@ class HeadedModel(nn.Module):
         width = int(backbone.width)  # type: ignore[arg-type]
         self.register_buffer("center", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, task.outputs))
+        output = nn.Linear(width, task.outputs)
         # The first prediction is then the same for everybody, and no direction is favoured.
-        nn.init.zeros_(self.head[1].weight)
-        nn.init.zeros_(self.head[1].bias)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        self.head = nn.Sequential(nn.Dropout(dropout), output)
         self.task = task
         self.frozen = frozen
         self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]

@@ -231,7 +231,8 @@ def test_changed_labels_are_another_training(tmp_path, parts):
 
 
 def test_it_learns_an_effect_that_is_there(tmp_path, parts):
-    config = finetune(tmp_path, steps=60, learning_rate=0.01, validate_every=10, validation_windows=3)
+    change = {"learning_rate": 0.01, "validate_every": 10, "validation_windows": 3}
+    config = finetune(tmp_path, steps=60, **change)
     predicted = predict(config, parts["test"] + parts["validation"]).set_index("subject")
     for subject, row in predicted.iterrows():
         sex = "female" if int(subject[4:]) % 2 else "male"

@@ -17,6 +17,7 @@ from neuromamba.config import Tokens, Volumes
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.resample import resample_mask
+from neuromamba.shards import ShardedArray, ShardWriter
 from neuromamba.tables import read_table
 from neuromamba.token_store import TokenStore
 from neuromamba.tokens import index_patches, make_tokens, run_tokens
@@ -234,6 +235,11 @@ def test_rows_of_a_shard_may_lie_in_any_order(store: Path) -> None:
     np.testing.assert_array_equal(TokenStore(store).window(0, 10).view(np.uint16), expected)
 
 
+def test_a_chunk_of_another_shape_is_refused(store: Path) -> None:
+    with ShardWriter(store / "values") as writer, pytest.raises(ValueError, match="is no chunk"):
+        writer.append(np.zeros((2, 3, 128), dtype=np.float16))
+
+
 # --- Damage ---------------------------------------------------------------------------------------
 
 
@@ -273,6 +279,8 @@ def test_absent_or_foreign_stores_are_refused(store: Path, volumes: Path, tmp_pa
     (tmp_path / "other.zarr" / "zarr.json").write_text((store / "zarr.json").read_text())
     with pytest.raises(InputError, match="not stored as uncompressed rows"):
         TokenStore(tmp_path / "other.zarr")
+    with pytest.raises(InputError, match="unreadable array metadata"):
+        ShardedArray(volumes / "mean")
     (store / "mean" / "zarr.json").unlink()
     (store / "zarr.json").write_text(
         '{"zarr_format": 3, "node_type": "group", "attributes": {"run": "r", "subject": "s"}}'

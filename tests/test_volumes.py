@@ -15,13 +15,13 @@ import nibabel
 import numpy as np
 import pytest
 import xarray
-import zarr.storage
 from nilearn.image import resample_img
 from scans import GRID, affine_8mm, ball, make_config, series, write_index, write_run, write_scan
 
 from neuromamba import nifti, volumes
 from neuromamba.config import Volumes
 from neuromamba.files import InputError
+from neuromamba.shards import ShardWriter
 from neuromamba.tables import read_table
 from neuromamba.volumes import Source, make_volumes, run_volumes, target_affine
 
@@ -293,14 +293,18 @@ def test_a_full_disk_keeps_finished_runs_and_leaves_no_part(
     rows = [write_run(tmp_path, f"sub-{i:02}", series(seed=i)) for i in (1, 2)]
     config = make_config(tmp_path)
     layout = write_index(config, rows)
-    write = zarr.storage.LocalStore.set
+    write = ShardWriter.append
+    written = 0
 
-    async def set_until_full(self: Any, key: str, value: Any, *args: Any) -> None:
-        if "sub-02" in str(self.root) and key.startswith("bold/c/1"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        await write(self, key, value, *args)
+    def append_until_full(self: ShardWriter, chunk: np.ndarray) -> None:
+        nonlocal written
+        if "sub-02" in str(self.layout.path):
+            written += 1
+            if written == 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, chunk)
 
-    monkeypatch.setattr(zarr.storage.LocalStore, "set", set_until_full)
+    monkeypatch.setattr(ShardWriter, "append", append_until_full)
     with pytest.raises(InputError, match=r"disk is full while writing sub-02.*start again"):
         run_volumes(config, "toy", 0)
     folder = layout.array("volumes", "x").parent
@@ -313,18 +317,18 @@ def test_a_full_disk_keeps_finished_runs_and_leaves_no_part(
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    import zarr.storage
     from neuromamba.config import Volumes
+    from neuromamba.shards import ShardWriter
     from neuromamba.volumes import Source, make_volumes
 
-    write = zarr.storage.LocalStore.set
+    write = ShardWriter.append
 
-    async def set_until_killed(self, key, value, *args):
-        if key.startswith("bold/c/1"):
+    def append_until_killed(self, chunk):
+        if self.layout.shard(1).exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        await write(self, key, value, *args)
+        write(self, chunk)
 
-    zarr.storage.LocalStore.set = set_until_killed
+    ShardWriter.append = append_until_killed
     bold, mask, target, settings = sys.argv[1:]
     source = Source("sub-01", "sub-01", Path(bold), Path(mask), "MNI152", 2.0)
     make_volumes(source, Path(target), Volumes.model_validate_json(settings), 2)

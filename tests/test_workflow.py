@@ -18,17 +18,19 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 
 
-def snakemake(folder: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+def snakemake(
+    folder: Path, root: Path, target: str, *options: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(root / "Snakefile")]
     command += ["--directory", str(folder), "--cores", "2", "--configfile", "tiny.yaml"]
     return subprocess.run(
-        [*command, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [*command, *options], cwd=folder, capture_output=True, text=True, check=False
     )
 
 
 def planned_jobs(folder: Path, root: Path, *arguments: str) -> dict[str, int]:
     """How many jobs of each rule a dry run announces."""
-    done = snakemake(folder, root, "--dry-run", *arguments)
+    done = snakemake(folder, root, "all", "--dry-run", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     text = done.stdout + done.stderr
     if "Nothing to be done" in text:
@@ -132,6 +134,6 @@ def test_a_changed_fine_tuning_setting_is_carried_out(folder: Path, root: Path):
 
 
 def test_an_unknown_key_stops_before_any_job(folder: Path, root: Path):
-    done = snakemake(folder, root, "--dry-run", "--config", "volumes={voxelsize: 2}")
+    done = snakemake(folder, root, "all", "--dry-run", "--config", "volumes={voxelsize: 2}")
     assert done.returncode != 0
     assert "unknown key 'volumes.voxelsize'" in done.stdout + done.stderr

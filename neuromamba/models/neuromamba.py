@@ -14,9 +14,9 @@ Ours, where the paper is silent or we differ:
 - The first time patch of a spatial patch is predicted from the patches before it without being
   told where it lies, as the published order implies.
 - `embed` averages the final normalised hidden states over the run's patches and time, with weights
-  that fine-tuning learns (attention pooling, `POOL_HEADS` groups of channels). They start out equal,
-  so that a model which is only pretrained gives the plain mean. A plain mean cannot tell where in the
-  brain a state occurred, nor that its size varies; learnt weights can.
+  that fine-tuning learns (attention pooling, `POOL_HEADS` groups of channels). They start out
+  equal, so that a model which is only pretrained gives the plain mean. A plain mean cannot tell
+  where in the brain a state occurred, nor that its size varies; learnt weights can.
 - Output projections of the blocks start smaller by sqrt(depth), as in the Mamba reference model.
 
 Dimensions in names: B batch, P patches (space), T time patches, V values of a patch, L = P * T
