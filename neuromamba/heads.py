@@ -89,13 +89,15 @@ class HeadedModel(nn.Module):
     Parameters
     ----------
     backbone
-        Has `embed(batch)`, (batch, width), and `width`.
+        Has `embed(batch)`, (batch, width), and `width`; and `pool`, where the embedding has a part
+        that is learnt with the head.
     task
         `ClassHead` or `NumberHead`.
     dropout
         Before the last layer.
     frozen
-        Train the head alone; the backbone then works as in evaluation.
+        Train the head and `backbone.pool` alone (an attentive probe, or a linear one where there
+        is no `pool`); the rest of the backbone then works as in evaluation.
     """
 
     center: torch.Tensor
@@ -122,6 +124,8 @@ class HeadedModel(nn.Module):
         self.frozen = frozen
         self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]
         backbone.requires_grad_(not frozen)
+        if isinstance(pool := getattr(backbone, "pool", None), nn.Module):
+            pool.requires_grad_(True)
 
     @torch.no_grad()
     def standardize(self, batches: Iterable[Batch]) -> None:
@@ -149,8 +153,7 @@ class HeadedModel(nn.Module):
         return self.task.predict(self._output(batch))
 
     def _output(self, batch: Batch) -> torch.Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            embedding = self.backbone.embed(batch)  # type: ignore[operator]
+        embedding = self.backbone.embed(batch)  # type: ignore[operator]
         # In float32 also under autocast: the head is small, and the loss needs the digits.
         with torch.autocast(embedding.device.type, enabled=False):
             return self.head((embedding.float() - self.center) / self.scale)

@@ -150,10 +150,12 @@ def test_finetuning_starts_from_the_pretrained_weights(tmp_path, parts):
         Layout(tmp_path / "results", "fake").pretrain("tiny", 0) / "model.safetensors"
     )
     after = load_file(folder_of(tmp_path) / "model.safetensors")
-    assert all(torch.equal(after[f"backbone.{name}"], before[name]) for name in before)
+    changed = [name for name in before if not torch.equal(after[f"backbone.{name}"], before[name])]
+    assert changed == ["pool.weight"]
     finetune(tmp_path, mode="full", on_change="restart")
     after = load_file(folder_of(tmp_path) / "model.safetensors")
-    assert not all(torch.equal(after[f"backbone.{name}"], before[name]) for name in before)
+    changed = [name for name in before if not torch.equal(after[f"backbone.{name}"], before[name])]
+    assert len(changed) > len(before) / 2
 
 
 def test_without_a_pretrained_model_it_refuses(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ A family is one file with one class, a `torch.nn.Module` that has
 - ``needs``: names of the tensors that its batches carry;
 - ``width``: the width of its embedding;
 - ``loss(batch)``: a dict of scalar tensors, ``"loss"`` among them;
-- ``embed(batch)``: a tensor (batch, width).
+- ``embed(batch)``: a tensor (batch, width);
+- ``pool``, if it likes: the part of ``embed`` that pretraining leaves alone, and that is learnt
+  together with a head also where the rest of the model is frozen.
 """
 
 from __future__ import annotations

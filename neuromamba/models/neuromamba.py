@@ -96,9 +96,8 @@ class NeuroMamba(nn.Module):
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.depth))
         self.norm = nn.RMSNorm(settings.width, EPSILON)
         self.head = nn.Linear(settings.width, patch_values)
-        self.pool = nn.Linear(settings.width, POOL_HEADS)
+        self.pool = nn.Linear(settings.width, POOL_HEADS, bias=False)
         nn.init.zeros_(self.pool.weight)
-        nn.init.zeros_(self.pool.bias)
         with torch.no_grad():
             for block in self.blocks:
                 block.mixer.out_proj.weight /= math.sqrt(settings.depth)  # type: ignore[union-attr,operator]
