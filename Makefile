@@ -31,6 +31,7 @@ lint: $(INSTALLED) ## style, types, import layers and workflow format
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pre-commit validate-config
 
 format: $(INSTALLED) ## rewrite the files in the project's style
 	$(BIN)/ruff format .

@@ -110,6 +110,7 @@ def test_an_unknown_key_in_a_dataset_file_names_that_file(tmp_path: Path):
         ("datasets=[nothing]", "there are: abcd"),
         ("datasets=demo", "must be a list of names"),
         ("models.neuromamba-small.head_dim=48", "must be a multiple of head_dim (48)"),
+        ("models.neuromamba-small.width=36", "must be a multiple of 8"),
         ("models.neuromamba-small.volumes=21", "must be a multiple of tokens.time_patch"),
         ("results", "must have the form key.key=value"),
         ("finetune.mode=ful", "'full' or 'head'"),

@@ -193,6 +193,8 @@ class NeuroMamba(Section):
 
     @model_validator(mode="after")
     def _heads_fill_the_width(self) -> NeuroMamba:
+        if self.width % 8:
+            raise ValueError(f"width ({self.width}) must be a multiple of 8, the pooling's groups")
         if self.expand * self.width % self.head_dim:
             raise ValueError(
                 f"expand * width ({self.expand * self.width}) must be a multiple of "
