@@ -50,8 +50,11 @@ rule evaluate_model:
         split=rules.split_dataset.output.split,
         rois=all_batches("rois"),
     output:
-        f"{MODEL}/evaluate/{{target}}/predictions.tsv",
-        f"{MODEL}/evaluate/{{target}}/metrics.tsv",
+        expand(
+            f"{MODEL}/evaluate/{{target}}/{{file}}",
+            file=["predictions.tsv", "notes.json", "comparison.tsv", "metrics.tsv"],
+            allow_missing=True,
+        ),
     log:
         f"logs/{MODEL}/evaluate/{{target}}.log",
     benchmark:
