@@ -23,94 +23,23 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data_layer_common import SHAPE, WINDOW, median_ms, peak_mb, write_inputs
+from data_layer_rivals import SCRIPTS, run_script, time_other_windows
 
-SHAPE = (97, 115, 97)
-ORIGIN = (-96.0, -132.0, -78.0)
-WINDOW = 20
 SHARD = 48
-SCRIPTS = {
-    "script": ("float32", True),
-    "float64_script": ("float64", True),
-    "crop_script": ("float32", False),
-}
-"""The variants of the script: type that the scan is loaded as, and whether it is resampled."""
 
 
-def source_affine() -> np.ndarray:
-    affine = np.diag([2.0, 2.0, 2.0, 1.0])
-    affine[:3, 3] = ORIGIN
-    return affine
-
-
-# --- Input ----------------------------------------------------------------------------------------
-
-
-def write_inputs(folder: Path, counts: list[int], background: str, seed: int) -> None:
-    """Write `bold-{n}.nii.gz` for each n, all with the same first volumes, and `mask.nii.gz`.
-
-    `background` is `zero` where the brain was extracted (HCP, UK Biobank, ABCD) and `noise`
-    otherwise (fMRIPrep): the same brain, but a file that takes two or three times as long to unzip.
-    """
-    import nibabel
-    from isal import igzip
-    from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
-    from nilearn.image import resample_img
-
-    def on_source(image: Any, interpolation: str) -> np.ndarray:
-        options = {"force_resample": True, "copy_header": True, "interpolation": interpolation}
-        return np.asarray(resample_img(image, source_affine(), SHAPE, **options).dataobj)
-
-    mask = on_source(load_mni152_brain_mask(resolution=2), "nearest") > 0
-    nibabel.save(
-        nibabel.Nifti1Image(mask.astype(np.uint8), source_affine()), folder / "mask.nii.gz"
-    )
-    head = on_source(load_mni152_template(resolution=2), "linear").ravel(order="F")
-    head = (9000 * head / head.max()).astype(np.float32)
-    inside = mask.ravel(order="F") if background == "zero" else np.float32(1)
-    random = np.random.default_rng(seed)
-    noise = random.standard_normal(head.size, dtype=np.float32)
-    streams = {n: igzip.open(folder / f"bold-{n}.nii.gz", "wb", compresslevel=1) for n in counts}
-    for n, stream in streams.items():
-        header = nibabel.Nifti1Header()
-        header.set_data_shape((*SHAPE, n))
-        header.set_data_dtype(np.int16)
-        header.set_sform(source_affine(), 4)
-        header["vox_offset"], header["magic"] = 352, b"n+1"
-        stream.write(header.binaryblock.ljust(352, b"\0"))
-    for t in range(max(counts)):
-        noise = 0.6 * noise + 0.8 * random.standard_normal(head.size, dtype=np.float32)
-        floor = 15 * np.abs(random.standard_normal(head.size, dtype=np.float32))
-        volume = ((head * (1 + 0.01 * noise) + floor) * inside).astype(np.int16).tobytes()
-        for n, stream in streams.items():
-            if t < n:
-                stream.write(volume)
-    for stream in streams.values():
-        stream.close()
-
-
-# --- The two sides, each in a process of its own --------------------------------------------------
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # ru_maxrss would start at the parent's size.
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# --- Each side in a process of its own ------------------------------------------------------------
 
 
 def run_ours(folder: Path, n: int) -> dict[str, float]:
@@ -135,60 +64,6 @@ def run_ours(folder: Path, n: int) -> dict[str, float]:
     }
 
 
-def run_script(folder: Path, n: int, dtype: str, resample: bool) -> dict[str, float]:
-    """The steps of SwiFT's preparation script, with resampling or its crop in front.
-
-    Load the whole scan, call every 0 background, z-score the rest, fill the background with the
-    least value, save each volume as a float16 `.pt`. `get_fdata()` loads as float64; MONAI, which
-    SwiFT uses, as float32.
-    """
-    import nibabel
-    import torch
-
-    out = folder / f"pt-{'resampled' if resample else 'cropped'}-{dtype}"
-    out.mkdir()
-    start, start_cpu = time.perf_counter(), time.process_time()
-    loaded = nibabel.load(folder / f"bold-{n}.nii.gz").get_fdata(dtype=np.dtype(dtype))
-    data = torch.from_numpy(resample_all(loaded) if resample else crop(loaded))
-    background = data == 0
-    mean, sd = data[~background].mean(), data[~background].std()
-    scores = (data - mean) / sd
-    filled = torch.empty(data.shape, dtype=data.dtype)
-    filled[background] = scores[~background].min()
-    filled[~background] = scores[~background]
-    for i, volume in enumerate(torch.split(filled.type(torch.float16), 1, 3)):
-        torch.save(volume.clone(), out / f"frame_{i}.pt")
-    stop, stop_cpu = time.perf_counter(), time.process_time()
-    return {
-        "ms": (stop - start) / n * 1e3,
-        "cpu_ms": (stop_cpu - start_cpu) / n * 1e3,
-        "peak_mb": peak_mb(),
-        "mean": float(mean),
-        "sd": float(sd),
-    }
-
-
-def resample_all(data: np.ndarray) -> np.ndarray:
-    from scipy.ndimage import affine_transform
-
-    from neuromamba.config import Volumes
-    from neuromamba.volumes import target_affine
-
-    to_source = np.linalg.inv(source_affine()) @ target_affine(Volumes())
-    out = np.empty((96, 96, 96, data.shape[3]), dtype=data.dtype)
-    for i in range(data.shape[3]):
-        out[..., i] = affine_transform(data[..., i], to_source, output_shape=(96,) * 3, order=1)
-    return out
-
-
-def crop(data: np.ndarray) -> np.ndarray:
-    """The box of 96 voxels around the middle, as slices typed in by hand would cut it.
-
-    In C order, as MONAI loads, which is the faster one for the masked steps.
-    """
-    return np.ascontiguousarray(data[:96, 10:106, :96])
-
-
 def in_process(what: str, folder: Path, n: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--side", what, "--folder", str(folder), "--volumes"]
     result = subprocess.run([*command, str(n)], check=True, capture_output=True, text=True)
@@ -196,16 +71,6 @@ def in_process(what: str, folder: Path, n: int) -> dict[str, float]:
 
 
 # --- Comparisons in this process ------------------------------------------------------------------
-
-
-def median_ms(function: Callable[[int], Any], arguments: list[int]) -> float:
-    function(arguments[0])
-    times = []
-    for argument in arguments:
-        start = time.perf_counter()
-        function(argument)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)) * 1e3
 
 
 def compare_resampling(folder: Path, n: int) -> dict[str, float]:
@@ -287,32 +152,6 @@ def compare_windows(folder: Path, n: int, few: int, seed: int) -> dict[str, floa
             lambda s, kind=kind: store.normalized(s, patches, kind), starts[:20]
         )
     return result | time_other_windows(folder, n, starts[:20], [s % (few - WINDOW) for s in starts])
-
-
-def time_other_windows(
-    folder: Path, n: int, starts: list[int], pt_starts: list[int]
-) -> dict[str, float]:
-    """The same windows by zarr-python, from `.pt` files, and from the `.nii.gz` by nibabel."""
-    import nibabel
-    import torch
-    import zarr
-
-    values = zarr.open_group(folder / f"tokens-{n}.zarr", mode="r")["values"]
-    scan = nibabel.load(folder / f"bold-{n}.nii.gz")
-    saved = folder / "pt-resampled-float32"
-
-    def load_pt(start: int) -> None:
-        paths = [saved / f"frame_{start + i}.pt" for i in range(WINDOW)]
-        torch.stack([torch.load(path, weights_only=True) for path in paths])
-
-    def load_scan(start: int) -> None:
-        np.asarray(scan.dataobj[..., 2 * start : 2 * start + WINDOW])
-
-    return {
-        "zarr_python_ms": median_ms(lambda s: values[s : s + WINDOW // 2], starts),
-        "pt_files_ms": median_ms(load_pt, pt_starts[:20]),
-        "nibabel_ms": median_ms(load_scan, starts[:2]),
-    }
 
 
 def compare_values(folder: Path, n: int, script: dict[str, float]) -> dict[str, float]:
@@ -423,7 +262,7 @@ def table(result: dict[str, Any]) -> str:
         line("window: ours, normalised globally", window["ours_normalized_global_ms"], "ms", read),
         line("window: ours, normalised by voxel", window["ours_normalized_voxel_ms"], "ms", read),
         "",
-        f"Same values: the stores differ by {difference['median_in_voxel_sd']:.4f} (median), "
+        f"The stores agree: they differ by {difference['median_in_voxel_sd']:.4f} (median), "
         f"{difference['p99_in_voxel_sd']:.4f} (99th percentile), "
         f"{difference['largest_in_voxel_sd']:.4f} (largest) of a voxel's SD, both being float16; "
         f"resampling differs from nilearn's by at most "

@@ -27,3 +27,18 @@ def real_data() -> Path:
     if not (folder / "MANIFEST.tsv").exists():
         pytest.skip(f"no real scans at {folder} (set NEUROMAMBA_TEST_DATA to a folder of them)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The training that nothing stops."""
+    from fake_runs import train  # here, because most tests need none of what it loads
+
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three volumes a block, so that blocks and shards end in different places.
+    monkeypatch.setattr("neuromamba.nifti.BLOCK_BYTES", 3 * 20 * 24 * 21 * 4)

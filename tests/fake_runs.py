@@ -1,7 +1,8 @@
-"""A dataset whose token stores exist in memory alone, for tests of what reads them."""
+"""For tests of training: a dataset whose token stores exist in memory alone, and a toy model."""
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import ClassVar
@@ -9,11 +10,13 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
-from neuromamba.config import Config
+from neuromamba.config import Config, Optimiser
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.tables import write_table
+from neuromamba.train import fit
 
 # Threads cost more than they bring at this size, and far more where tests run beside each other.
 torch.set_num_threads(1)
@@ -111,3 +114,66 @@ def write_dataset(folder: Path, subjects: int = 14) -> dict[str, list[str]]:
     write_table(folder / "participants.tsv", people)
     FakeStore.poisoned, FakeStore.short, FakeStore.opened = set(parts["test"]), set(), []
     return parts
+
+
+# --- A toy to train -------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "steps": 20,
+    "batch_size": 4,
+    "learning_rate": 0.01,
+    "warmup_steps": 3,
+    "log_every": 3,
+    "validate_every": 4,
+    "checkpoint_every": 5,
+}
+
+
+class Toy(nn.Module):
+    """Learns to add, through dropout, so that its steps depend on the generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.3), nn.LayerNorm(16), nn.Linear(16, 1)
+        )
+
+    def loss(self, batch):
+        mse = (self.layers(batch["x"])[:, 0] - batch["y"]).square().mean()
+        return {"loss": mse, "mse_model": mse, "mse_zero": batch["y"].square().mean()}
+
+
+def batch_of(number: int, size: int = 4) -> dict:
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(number))
+    return {"x": x, "y": x.sum(1), "run": [f"run-{number}-{k}" for k in range(size)]}
+
+
+def validation() -> list[dict]:
+    return [batch_of(10_000), batch_of(10_001, 2)]
+
+
+def train(
+    folder: Path, *, model=None, training=batch_of, on_change="refuse", record=None, **change
+):
+    settings = Optimiser(**{**SETTINGS, **change})
+    record = record or {"settings": settings.model_dump(mode="json"), "inputs": {"split": "a"}}
+    model = model or Toy()
+    best = fit(
+        model,
+        settings,
+        training,
+        validation,
+        folder,
+        record,
+        seed=7,
+        device=CPU,
+        on_change=on_change,
+    )
+    return model, best
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

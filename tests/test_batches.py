@@ -1,3 +1,5 @@
+"""Windows and batches: their order, their padding, and the subjects they may open."""
+
 from __future__ import annotations
 
 import itertools

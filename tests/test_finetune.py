@@ -1,3 +1,5 @@
+"""Heads, fine-tuning, and predictions of subjects."""
+
 from __future__ import annotations
 
 import json
