@@ -4,8 +4,9 @@ VENV ?= .venv
 CORES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast test-kernels gpu lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -24,6 +25,14 @@ test: lint ## all tests, the linters and the type checker
 
 test-fast: $(INSTALLED) ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+test-kernels: $(KERNELS) ## mamba-ssm's kernels against ours, by Triton's interpreter where there is no GPU
+	$(BIN)/pytest tests/test_kernels.py
+
+gpu: $(KERNELS) ## on a machine with an NVIDIA GPU: its tests, and its benchmarks into benchmarks/results
+	$(BIN)/pytest -m cuda
+	$(BIN)/python benchmarks/ssd.py --device cuda
+	$(BIN)/python benchmarks/step.py --device cuda --sizes small base --packed 1 4 16 --kernels torch compile mamba-ssm
 
 lint: $(INSTALLED) ## style, types, import layers and workflow format
 	$(BIN)/ruff format --check .
@@ -46,4 +55,11 @@ $(INSTALLED): pyproject.toml envs/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --constraint envs/constraints.txt --editable '.[workflow,dev]'
+	@touch $@
+
+# Without nvcc and without mamba-ssm's own CUDA extension, which serves Mamba-1 alone.
+$(KERNELS): $(INSTALLED)
+	$(BIN)/python -m pip install --constraint envs/constraints.txt einops ninja packaging setuptools triton wheel
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip install \
+		--no-build-isolation --no-deps --constraint envs/constraints.txt mamba-ssm
 	@touch $@

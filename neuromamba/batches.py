@@ -5,12 +5,15 @@ Design choices
 - Sample number n of a training depends on (seed, n) alone, so a training that was stopped goes on
   with the sample it would have seen, whatever it held in its queues.
 - Subjects take turns: each appears once in every epoch, however many and however long its runs
-  are. The run and the start of the window within it are drawn at random.
+  are. The run and the start of the window within it are drawn at random. Of several datasets, the
+  one to take a sample from is drawn by weight first; its subjects then take turns in the same way,
+  in turns that are left out where the draw fell on another dataset.
+- Names of several datasets are qualified: `dataset/sub-01`, `dataset/sub-01_task-rest`.
 - Windows for validation and prediction are evenly spaced, and so the same each time.
 - A batch is a dictionary of named tensors. Each name in a model's `needs` has one reader, which
   cuts windows and collates them; nothing after the readers knows what the tensors mean.
-- Samples with fewer tokens are padded at the end and masked. Nothing of a run's own numbers
-  depends on which runs share its batch.
+- Windows with different numbers of tokens are packed one after the other: there is no padding, and
+  nothing of a run's own numbers depends on which runs share its batch.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from neuromamba.tables import read_table
 from neuromamba.token_store import Normalization, TokenStore
 
 Batch = dict[str, Any]
-"""Tensors by name, batch first, and the lists `subject` and `run`."""
+"""Tensors by name, and the lists `subject` and `run` with one entry a window."""
 
 Sample = dict[str, npt.NDArray[Any]]
 
@@ -66,16 +69,16 @@ class Reader(Protocol):
         """The arrays of one window."""
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """Stack windows into tensors, batch first."""
+        """Join windows into tensors."""
 
 
 class TokenWindows:
     """Reader of `tokens`: normalised brain patches of a window.
 
-    Gives `tokens` (B, P, Tp, V), `mean` (B, P, V) and `centers` (B, P, 3) in [0, 1], all float32,
-    and `patch_mask` (B, P) bool, where P is the largest number of brain patches in the batch and
-    Tp the number of time patches of a window. `mean` is each voxel's temporal mean in the units of
-    `tokens`. Padding is zero, at the end of P, and False in the mask.
+    Gives `tokens` (N, T, V), `mean` (N, V) and `centers` (N, 3) in [0, 1], all float32, and
+    `patches` (B,) int64: the windows one after the other, N being the number of brain patches of
+    all of them, T the number of time patches of a window, and `patches` how many of the N rows are
+    each window's. `mean` is each voxel's temporal mean in the units of `tokens`.
 
     Parameters
     ----------
@@ -129,14 +132,11 @@ class TokenWindows:
         }
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        counts = [len(sample["tokens"]) for sample in samples]
-        batch = {}
-        for name, first in samples[0].items():
-            padded = np.zeros((len(samples), max(counts), *first.shape[1:]), dtype=np.float32)
-            for row, sample, count in zip(padded, samples, counts, strict=True):
-                row[:count] = sample[name]
-            batch[name] = torch.from_numpy(padded)
-        batch["patch_mask"] = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        batch = {
+            name: torch.from_numpy(np.concatenate([sample[name] for sample in samples]))
+            for name in samples[0]
+        }
+        batch["patches"] = torch.tensor([len(sample["tokens"]) for sample in samples])
         return batch
 
 
@@ -167,6 +167,9 @@ class Windows:
         What a batch is made of.
     max_excluded
         Largest share of the runs that may be too short or unreadable.
+    weights
+        The share of the samples that each dataset gives, by its name, where the subjects' names
+        are qualified by it; in sum 1.
 
     Attributes
     ----------
@@ -186,6 +189,7 @@ class Windows:
         runs: Mapping[str, Sequence[str]],
         readers: Sequence[Reader],
         max_excluded: float = 0.0,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self._readers = readers
         self._positions: dict[str, int] = {}
@@ -207,13 +211,18 @@ class Windows:
         }
         self.runs = {subject: kept[subject] for subject in sorted(kept) if kept[subject]}
         self.subjects = list(self.runs)
-        self._order = lru_cache(2)(self._draw_order)
+        self._groups = self._group(weights or {"": 1.0})
+        self._order = lru_cache(2 * len(self._groups))(self._draw_order)
 
     def sample(self, seed: int, number: int) -> Window:
         """The window of training sample `number`: a pure function of its arguments."""
-        epoch, turn = divmod(number, len(self.subjects))
-        subject = self.subjects[self._order(seed, epoch)[turn]]
         rng = np.random.default_rng([seed, _WINDOW, number])
+        group = 0
+        if len(self._groups) > 1:
+            group = int(rng.choice(len(self._groups), p=[weight for _, weight in self._groups]))
+        subjects, _ = self._groups[group]
+        epoch, turn = divmod(number, len(subjects))
+        subject = subjects[self._order(seed, epoch, len(subjects))[turn]]
         runs = self.runs[subject]
         run = runs[int(rng.integers(len(runs)))]
         return Window(subject, run, int(rng.integers(self._positions[run])))
@@ -243,9 +252,8 @@ class Windows:
             batch |= reader.collate([reader.read(window.run, window.start) for window in windows])
         return batch
 
-    def training_batch(self, seed: int, number: int, size: int) -> Batch:
-        """Batch `number` of a training: samples `number * size` and the `size - 1` after it."""
-        first = number * size
+    def training_batch(self, seed: int, first: int, size: int) -> Batch:
+        """Samples `first` and the `size - 1` after it, of the endless sequence of `seed`."""
         return self.batch([self.sample(seed, first + i) for i in range(size)])
 
     def batches(self, windows: Sequence[Window], size: int) -> Iterator[Batch]:
@@ -253,8 +261,19 @@ class Windows:
         for first in range(0, len(windows), size):
             yield self.batch(windows[first : first + size])
 
-    def _draw_order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.subjects))
+    def _group(self, weights: Mapping[str, float]) -> list[tuple[list[str], float]]:
+        """The subjects of each dataset, and its weight."""
+        groups = []
+        for dataset, weight in weights.items():
+            start = f"{dataset}/" if dataset else ""
+            subjects = [subject for subject in self.subjects if subject.startswith(start)]
+            if not subjects:
+                raise InputError(f"dataset {dataset}: none of its runs gives a window")
+            groups.append((subjects, weight))
+        return groups
+
+    def _draw_order(self, seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng([seed, _ORDER, epoch]).permutation(count)
 
 
 def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:

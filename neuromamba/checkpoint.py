@@ -4,45 +4,40 @@ Design choices
 --------------
 - Weights and optimiser state are safetensors, all else is JSON: reading either runs no code.
 - A checkpoint is a new folder `step-N`, written under a temporary name and renamed; older ones go
-  only after that. There is no moment at which a killed job has no whole checkpoint.
+  only after that. A killed job leaves whole checkpoints, and what it was writing is not read.
 - It holds everything the rest of the training depends on: weights, best weights so far, optimiser
   state, the loop's counters and the metrics written so far. There is no state of a random number
   generator in it, because the loop seeds each step from (seed, step).
+- Its files are checked against their digests when it is read. One that is not whole (a full disk, a
+  lost node) is passed over for the one before, which leads to the same bits, only later.
 - A finished model is `model.safetensors` and, written last, `model.json`, which holds the digest of
   the weights: without a `model.json` that fits, there is no model.
-- What a training depends on is recorded as `settings` (config) and `inputs` (digests). Continuing
-  under other ones is refused with the difference, or starts again where that is asked for.
 """
 
 from __future__ import annotations
 
-import platform
 import shutil
-import subprocess
+import sys
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from tqdm import tqdm
 
-import neuromamba
-from neuromamba.files import InputError, atomic_path, digest_file, read_json, write_json, write_text
+from neuromamba.files import InputError, atomic_path, digest_file, write_json, write_text
+from neuromamba.record import ChangedError, OnChange, differences, provenance, read_verified
 from neuromamba.runtime import telling_full_disk
 
-FORMAT = 1
-"""Raised when older checkpoints or models can no longer be read."""
-
-OnChange = Literal["refuse", "restart"]
 Tensors = dict[str, torch.Tensor]
 
-_COMPARED = ("settings", "inputs")
 _METRICS = "metrics.jsonl"
+_STEP, _LAST, _HIDDEN = "step-", "last", ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Checkpoint:
     Attributes
     ----------
     tensors
-        By file (`model`, `best`, `optimizer`), then by name.
+        By file (`model`, `best`, `optimizer`, `average`), then by name.
     state
         The loop's counters, JSON-able.
     metrics
@@ -68,68 +63,131 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, checkpoint: Checkpoint, record: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    checkpoint: Checkpoint,
+    record: Mapping[str, Any],
+    keep: int = 1,
+    spare: int | None = None,
 ) -> Path:
-    """Write `folder/step-N` and remove older ones. `record` tells what the training depends on."""
-    path = folder / f"step-{step:08d}"
+    """Write `folder/step-N`, point the link `folder/last` at it, and remove what is not needed.
+
+    Parameters
+    ----------
+    record
+        What the training depends on.
+    keep
+        How many of the newest checkpoints stay.
+    spare
+        The step of one more that stays.
+    """
+    path = folder / f"{_STEP}{step:08d}"
     with atomic_path(path) as temporary:
         temporary.mkdir()
         for name, tensors in checkpoint.tensors.items():
             _write_tensors(temporary / f"{name}.safetensors", tensors)
         write_text(temporary / _METRICS, checkpoint.metrics)
         digests = {file.name: digest_file(file) for file in sorted(temporary.iterdir())}
-        facts = {"format": FORMAT, **record, **provenance()}
-        write_json(temporary / "state.json", {**facts, "state": checkpoint.state, "files": digests})
-    for old in folder.iterdir():
-        if old != path:
-            shutil.rmtree(old)
+        facts = {**record, **provenance(), "state": checkpoint.state, "files": digests}
+        write_json(temporary / "state.json", facts)
+    _link(folder / _LAST, path.name)
+    steps = sorted(list_checkpoints(folder))
+    # Those of later steps belong to a course that was given up.
+    needed = {*[n for n in steps if n <= step][-keep:], spare}
+    kept = {old.name for n, old in list_checkpoints(folder).items() if n in needed}
+    for old in [*folder.glob(f"{_HIDDEN}*"), *folder.glob(f"{_STEP}*")]:
+        if old.name not in kept:
+            _discard(old)
     return path
 
 
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by their step, whole or not."""
+    paths = folder.glob(_STEP + "[0-9]" * 8)
+    return {int(path.name.removeprefix(_STEP)): path for path in paths}
+
+
 def load_checkpoint(
-    folder: Path, record: Mapping[str, Any], on_change: OnChange
+    folder: Path, record: Mapping[str, Any], on_change: OnChange, upto: int | None = None
 ) -> Checkpoint | None:
-    """Read the newest checkpoint in `folder`; `None` where the training has to start.
+    """Read the newest whole checkpoint in `folder` (`upto` a step); `None` where there is none.
+
+    One that is not whole is passed over, and stderr told of it.
 
     Raises
     ------
     InputError
-        When the checkpoint is damaged, or when it was made under other settings or inputs and
-        `on_change` is `refuse`.
+        When there are checkpoints and none is whole, or when the newest whole one was made under
+        other settings or inputs and `on_change` is `refuse`.
     """
-    paths = sorted(folder.glob("step-*"))
-    if not paths:
-        return None
-    path = paths[-1]
-    cure = f"remove {folder} to train from the start"
-    try:
-        facts = _read_verified(path / "state.json", path)
-        changes = differences(facts, record)
-        if changes and on_change == "refuse":
-            raise ChangedError(path, changes)
-        if changes:
-            shutil.rmtree(folder)
-            return None
-        names = [name for name in facts["files"] if name.endswith(".safetensors")]
-        tensors = {Path(n).stem: safetensors.torch.load_file(path / n) for n in names}
-        metrics = (path / _METRICS).read_text(encoding="utf-8")
-        return Checkpoint(tensors, facts["state"], metrics)
-    except ChangedError:
-        raise
-    except (InputError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: the checkpoint is damaged ({error}); {cure}") from error
+    found = [pair for pair in list_checkpoints(folder).items() if upto is None or pair[0] <= upto]
+    damage: list[str] = []
+    for _, path in sorted(found, reverse=True):
+        try:
+            facts = read_verified(path / "state.json")
+            changes = differences(facts, record)
+            if changes and on_change == "refuse":
+                raise ChangedError(path, changes)
+            if changes:
+                shutil.rmtree(folder)
+                return None
+            checkpoint = _read_checkpoint(path, facts)
+        except ChangedError:
+            raise
+        except (InputError, KeyError, OSError, safetensors.SafetensorError) as error:
+            damage.append(f"{path}: the checkpoint is damaged ({error})")
+            continue
+        for line in damage:
+            tqdm.write(f"{line}; going on from the one before, {path.name}", file=sys.stderr)
+        return checkpoint
+    if damage:
+        cure = f"none is whole: remove {folder} to train from the start"
+        raise InputError("\n".join([*damage, cure]))
+    return None
+
+
+def _read_checkpoint(path: Path, facts: Mapping[str, Any]) -> Checkpoint:
+    names = [name for name in facts["files"] if name.endswith(".safetensors")]
+    tensors = {Path(name).stem: safetensors.torch.load_file(path / name) for name in names}
+    return Checkpoint(tensors, facts["state"], (path / _METRICS).read_text(encoding="utf-8"))
+
+
+def _link(path: Path, target: str) -> None:
+    """Make `path` a relative link to its neighbour `target`, at once."""
+    temporary = path.with_name(f"{_HIDDEN}{path.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder or link; a process that dies half-way leaves nothing that is read."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.name.startswith(_HIDDEN):
+        shutil.rmtree(path)
+    else:
+        shutil.rmtree(path.rename(path.with_name(f"{_HIDDEN}{uuid.uuid4().hex[:8]}-{path.name}")))
 
 
 # --- Finished models ----------------------------------------------------------------------------
 
 
-def save_model(folder: Path, weights: Tensors, info: Mapping[str, Any]) -> None:
-    """Write `model.safetensors`, then `model.json` with `info`, versions and digest."""
-    path = folder / "model.safetensors"
-    with telling_full_disk(folder), atomic_path(path) as temporary:
-        _write_tensors(temporary, weights)
-    files = {path.name: digest_file(path)}
-    write_json(folder / "model.json", {"format": FORMAT, **info, **provenance(), "files": files})
+def save_model(
+    folder: Path, weights: Tensors, info: Mapping[str, Any], last: Tensors | None = None
+) -> None:
+    """Write `model.safetensors`, then `model.json` with `info`, versions and digests.
+
+    `last` are the weights after the last step, for `last.safetensors`.
+    """
+    files = {}
+    for name, tensors in (("model", weights), ("last", last)):
+        if tensors is not None:
+            path = folder / f"{name}.safetensors"
+            with telling_full_disk(folder), atomic_path(path) as temporary:
+                _write_tensors(temporary, tensors)
+            files[path.name] = digest_file(path)
+    write_json(folder / "model.json", {**info, **provenance(), "files": files})
 
 
 def load_model_info(folder: Path) -> dict[str, Any]:
@@ -143,7 +201,10 @@ def load_model_info(folder: Path) -> dict[str, Any]:
     path = folder / "model.json"
     if not path.exists():
         raise InputError(f"{path} does not exist: the model's training has not finished")
-    return _read_verified(path, folder)
+    try:
+        return read_verified(path, may_lack="last.safetensors")
+    except InputError as error:
+        raise InputError(f"{error}; train the model again") from error
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -201,96 +262,24 @@ def finished(folder: Path, record: Mapping[str, Any], on_change: OnChange) -> bo
     return not changes
 
 
-def seen_subjects(info: Mapping[str, Any]) -> set[str]:
-    """Every subject that a model, or the one it was fine-tuned from, was trained or chosen on."""
-    own = {subject for part in info["subjects"].values() for subject in part}
+def ancestry(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `model.json` of a model says of the one it started from."""
+    names = ("dataset", "model", "seed", "subjects", "files", "pretrained_from")
+    return {name: info[name] for name in names if name in info}
+
+
+def seen_subjects(info: Mapping[str, Any], dataset: str) -> set[str]:
+    """Every subject of `dataset` that a model, or any that it started from, has seen.
+
+    Seen is what it was trained or chosen on. Models of a mixture name subjects `dataset/sub-01`;
+    names without a dataset are taken to be of this one, for the weights may have come from a copy.
+    """
+    own = {name.removeprefix(f"{dataset}/") for part in info["subjects"].values() for name in part}
     earlier = info.get("pretrained_from")
-    return own | (seen_subjects(earlier) if earlier else set())
-
-
-# --- Records ------------------------------------------------------------------------------------
-
-
-class ChangedError(InputError):
-    """A training on disk was made under other settings or inputs; the message shows which."""
-
-    def __init__(self, path: Path, changes: list[str]) -> None:
-        super().__init__(
-            f"{path} was made under other settings or inputs:\n  "
-            + "\n  ".join(changes)
-            + "\nput them back, or use --on-change restart to train from the start"
-        )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for all settings and inputs that differ."""
-    before, after = _flatten(old), _flatten(new)
-    return [
-        f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, "unset") != after.get(key, "unset")
-    ]
-
-
-def provenance() -> dict[str, Any]:
-    """Versions of what ran, and the git revision of this package, `None` outside a checkout."""
-    versions = {
-        "neuromamba": neuromamba.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    return {"versions": versions, "git_revision": _git_revision()}
-
-
-@cache
-def _git_revision() -> str | None:
-    """Commit of the checkout that holds this file, with `-dirty` when it has changes."""
-    here = Path(__file__)
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    for command in (["ls-files", "--error-unmatch", here.name], describe):
-        try:
-            done = subprocess.run(
-                ["git", *command], cwd=here.parent, capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-    return done.stdout.strip()
-
-
-def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, below in value.items():
-                visit(f"{prefix}.{key}", below)
-        else:
-            flat[prefix.removeprefix(".")] = value
-
-    for name in _COMPARED:
-        visit("" if name == "settings" else f".{name}", record[name])
-    return flat
+    return own | (seen_subjects(earlier, dataset) if earlier else set())
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:
     # Cloned, because safetensors refuses tensors that share memory, such as tied weights.
     plain = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     safetensors.torch.save_file(plain, path)
-
-
-def _read_verified(path: Path, folder: Path) -> dict[str, Any]:
-    """Read a JSON file whose `files` are digests of files in `folder`, and check them."""
-    facts = read_json(path)
-    cure = "train the model again"
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT or "files" not in facts:
-        raise InputError(f"{path} is not of this version's format ({FORMAT}); {cure}")
-    for name, digest in facts["files"].items():
-        file = folder / name
-        if not file.exists():
-            raise InputError(f"{file} is missing; {cure}")
-        if digest_file(file) != digest:
-            raise InputError(f"{file} differs from the digest in {path.name}; {cure}")
-    return facts

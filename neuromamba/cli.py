@@ -39,10 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     _add(stages, "rois", _rois, "ROI time series and functional connectivity", batched)
     _add(stages, "splits", _splits, "assign subjects to training, validation, test", ["dataset"])
     trained = ["dataset", "model", "seed"]
-    _add(stages, "pretrain", _pretrain, "train a model without labels", [*trained, "on-change"])
+    options = [*trained, "on-change", "fraction"]
+    _add(stages, "pretrain", _pretrain, "train a model without labels", options)
+    text = "table, figure and power law of the scaling study"
+    _add(stages, "scaling", _scaling, text, ["dataset"])
     supervised = [*trained, "target"]
     _add(stages, "finetune", _finetune, "train for one target", [*supervised, "on-change"])
     _add(stages, "evaluate", _evaluate, "predict the test subjects and score it", supervised)
+    _add(stages, "forecast", _forecast, "forecast the test subjects' runs and score it", trained)
+    _add_embed(_add(stages, "embed", _embed, "write embeddings of runs", trained))
+    export = _add(stages, "export", _export, "write a pretrained model to be shared", trained)
+    export.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
     _add(stages, "report", _report, "write the report over all results", [])
     _add(stages, "summary", _summary, "print the main figures of all results", [])
     return parser
@@ -54,7 +61,7 @@ def _add(
     run: Callable[[argparse.Namespace], None],
     text: str,
     options: Sequence[str],
-) -> None:
+) -> argparse.ArgumentParser:
     stage = stages.add_parser(name, help=text, description=text.capitalize() + ".")
     stage.set_defaults(run=run)
     stage.add_argument(
@@ -78,6 +85,11 @@ def _add(
         "target": {"help": "a name under the dataset's `targets` (default: all in turn)"},
         "seed": {"type": int, "help": "seed of the training (default: the first of `seeds`)"},
         "batch": {"type": int, "help": "which of `compute.batches` jobs (default: all in turn)"},
+        "fraction": {
+            "type": float,
+            "help": "make it a cell of the scaling study, on this share of the training subjects; "
+            "models and seeds are then those under `scaling`",
+        },
         "on-change": {
             "choices": ["refuse", "restart"],
             "default": "refuse",
@@ -87,6 +99,20 @@ def _add(
     }
     for option in options:
         stage.add_argument(f"--{option}", **known[option])  # type: ignore[arg-type]
+    return stage
+
+
+def _add_embed(stage: argparse.ArgumentParser) -> None:
+    text = "what gets one embedding each"
+    stage.add_argument("--level", choices=["token", "run", "subject"], required=True, help=text)
+    stage.add_argument("--output", type=Path, required=True, help="*.tsv, *.npz; tokens: a folder")
+    instead = stage.add_mutually_exclusive_group()
+    instead.add_argument("--target", help="by the model fine-tuned for it, not the pretrained one")
+    text = "by the model in this folder, which `neuromamba export` wrote"
+    instead.add_argument("--weights", type=Path, metavar="FOLDER", help=text)
+    stage.add_argument("--runs", nargs="+", metavar="RUN", help="these alone (default: all)")
+    stage.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="the runs of these alone")
+    stage.add_argument("--windows", type=int, default=8, help="windows a run (default: 8)")
 
 
 def _add_demo_data(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -120,10 +146,12 @@ def _dataset(options: argparse.Namespace, config: Config) -> str:
     return _choose("dataset", options.dataset, list(config.datasets))
 
 
-def _training(options: argparse.Namespace, config: Config) -> tuple[str, str, int]:
+def _training(
+    options: argparse.Namespace, config: Config, datasets: Sequence[str] = ()
+) -> tuple[str, str, int]:
     model = _choose("model", options.model, list(config.models))
     seed = config.seeds[0] if options.seed is None else options.seed
-    return _dataset(options, config), model, seed
+    return _choose("dataset", options.dataset, datasets or list(config.datasets)), model, seed
 
 
 def _targets(options: argparse.Namespace, config: Config, dataset: str) -> list[str]:
@@ -198,7 +226,20 @@ def _pretrain(options: argparse.Namespace) -> None:
     from neuromamba.pretrain import run_pretrain
 
     config = _config(options)
-    run_pretrain(config, *_training(options, config), on_change=options.on_change)
+    if options.fraction is not None:
+        config = config.study()
+    dataset, model, seed = _training(options, config, [*config.datasets, *config.mixtures])
+    if dataset in config.datasets:
+        dataset = config.pretrained_on(dataset, model)
+    run_pretrain(config, dataset, model, seed, options.on_change, options.fraction)
+
+
+def _scaling(options: argparse.Namespace) -> None:
+    from neuromamba.scaling import run_scaling
+
+    config = _config(options)
+    names = [*config.datasets, *config.mixtures]
+    run_scaling(config, _choose("dataset", options.dataset, names))
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -217,6 +258,34 @@ def _evaluate(options: argparse.Namespace) -> None:
     dataset, model, seed = _training(options, config)
     for target in _targets(options, config, dataset):
         run_evaluate(config, dataset, model, seed, target)
+
+
+def _forecast(options: argparse.Namespace) -> None:
+    from neuromamba.forecast import run_forecast
+
+    config = _config(options)
+    run_forecast(config, *_training(options, config))
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from neuromamba.embed import open_embedder, open_shared, run_embed
+
+    config = _config(options)
+    if options.weights:
+        dataset, embedder = _dataset(options, config), open_shared(config, options.weights)
+    else:
+        dataset, model, seed = _training(options, config)
+        target = options.target and _targets(options, config, dataset)[0]
+        embedder = open_embedder(config, dataset, model, seed, target)
+    chosen = (options.runs, options.subjects, options.windows)
+    run_embed(config, dataset, embedder, options.level, options.output, *chosen)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from neuromamba.export import run_export
+
+    config = _config(options)
+    run_export(config, *_training(options, config), options.output)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -112,7 +112,8 @@ def collect_trainings(config: Config, dataset: str, stage: str) -> Iterator[Trai
     layout = Layout(Path(config.results), dataset)
     for model in config.models:
         for seed in config.seeds:
-            folder = layout.pretrain(model, seed)
+            source = Layout(layout.results, config.pretrained_on(dataset, model))
+            folder = source.pretrain(model, seed)
             if stage != "pretrain":
                 folder = layout.finetune(model, seed, stage)
             if (folder / "model.json").exists() and (folder / "metrics.jsonl").exists():

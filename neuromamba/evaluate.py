@@ -94,7 +94,7 @@ def find_seen(config: Config, dataset: str, info: dict[str, Any], test: Sequence
     InputError
         Naming some of the subjects.
     """
-    seen = sorted(seen_subjects(info) & set(test))
+    seen = sorted(seen_subjects(info, dataset) & set(test))
     if seen and not config.evaluate.allow_seen_subjects:
         raise InputError(
             f"{Layout(Path(config.results), dataset).split}: {len(seen)} of {len(test)} test "

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
-from neuromamba.checkpoint import OnChange, differences, load_model_info, load_weights
+from neuromamba.checkpoint import ancestry, load_model_info, load_weights
 from neuromamba.config import Classification, Config, Finetune, Target
 from neuromamba.files import InputError, digest_json
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
@@ -40,12 +40,10 @@ from neuromamba.pretrain import (
     open_windows,
     train_and_save,
 )
+from neuromamba.record import OnChange, differences
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
 from neuromamba.splits import read_split
-
-PRETRAINED_FROM = ("dataset", "model", "seed", "subjects", "files")
-"""What a fine-tuned model's `model.json` says of the one it started from."""
 
 
 def run_finetune(
@@ -67,7 +65,9 @@ def run_finetune(
         or when the labels of the training subjects are all the same.
     """
     layout = Layout(Path(config.results), dataset)
-    folder, pretrain = layout.finetune(model, seed, target), layout.pretrain(model, seed)
+    folder = layout.finetune(model, seed, target)
+    source = Layout(layout.results, config.pretrained_on(dataset, model))
+    pretrain = source.pretrain(model, seed)
     settings = config.models[model].finetune
     earlier = load_model_info(pretrain)
     labels = read_labels(config, dataset, target)
@@ -98,7 +98,7 @@ def run_finetune(
         return {**batch, "label": torch.tensor([used[name] for name in batch["subject"]])}
 
     facts = {"target": target, "unlabelled": unlabelled, "scaling": task.describe()}
-    facts["pretrained_from"] = {name: earlier[name] for name in PRETRAINED_FROM}
+    facts["pretrained_from"] = ancestry(earlier)
     train_and_save(network, settings, windows, folder, record, config, on_change, with_label, facts)
 
 

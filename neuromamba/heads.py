@@ -89,8 +89,8 @@ class HeadedModel(nn.Module):
     Parameters
     ----------
     backbone
-        Has `embed(batch)`, (batch, width), and `width`; and `pool`, where the embedding has a part
-        that is learnt with the head.
+        Has `embed(batch)`, (batch, width), and `width`; `pool`, where the embedding has a part that
+        is learnt with the head; and `head`, where a part serves the family's own loss alone.
     task
         `ClassHead` or `NumberHead`.
     dropout
@@ -124,6 +124,8 @@ class HeadedModel(nn.Module):
         self.frozen = frozen
         self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]
         backbone.requires_grad_(not frozen)
+        if isinstance(forecast := getattr(backbone, "head", None), nn.Module):
+            forecast.requires_grad_(False)
         if isinstance(pool := getattr(backbone, "pool", None), nn.Module):
             pool.requires_grad_(True)
 

@@ -38,8 +38,20 @@ class Layout:
         return self.root / stage / f"batch-{batch}.tsv"
 
     def array(self, stage: str, run: str) -> Path:
-        """The Zarr store of one run: `stage` is `volumes`, `tokens` or `rois`."""
-        return self.root / stage / f"{run}.zarr"
+        """The Zarr store of one run: `stage` is `volumes`, `tokens` or `rois`.
+
+        A run of another dataset is named `{dataset}/{run}`.
+        """
+        dataset, _, name = run.rpartition("/")
+        return self.results / (dataset or self.dataset) / stage / f"{name}.zarr"
+
+    @property
+    def scaling(self) -> Path:
+        return self.root / "scaling"
+
+    def cell(self, model: str, fraction: float, seed: int) -> Path:
+        """One pretraining of the scaling study."""
+        return self.scaling / model / f"fraction-{fraction:g}" / f"seed-{seed}"
 
     def pretrain(self, model: str, seed: int) -> Path:
         return self.root / model / f"seed-{seed}" / "pretrain"
@@ -49,3 +61,6 @@ class Layout:
 
     def evaluate(self, model: str, seed: int, target: str) -> Path:
         return self.root / model / f"seed-{seed}" / "evaluate" / target
+
+    def forecast(self, model: str, seed: int) -> Path:
+        return self.root / model / f"seed-{seed}" / "forecast"

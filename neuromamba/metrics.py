@@ -144,9 +144,9 @@ def compute_metrics(
     rows = []
     for predictor, metrics, strata in _predictors(predictions):
         point = metrics(np.ones((1, len(strata))))
-        drawn = _bootstrap(metrics, strata, resamples, seed)
+        drawn = bootstrap(metrics, strata, resamples, seed)
         for name, value in point.items():
-            low, high = _interval(value[0], drawn[name], confidence)
+            low, high = interval(value[0], drawn[name], confidence)
             rows.append((predictor, name, value[0], low, high, len(strata)))
     return pd.DataFrame(rows, columns=["predictor", "metric", "value", "low", "high", "n"])
 
@@ -172,11 +172,11 @@ def compare(
     (metrics_1, strata), (metrics_2, _) = found[first], found[second]
     ones = np.ones((1, len(strata)))
     point = metrics_1(ones), metrics_2(ones)
-    drawn = [_bootstrap(metrics, strata, resamples, seed) for metrics in (metrics_1, metrics_2)]
+    drawn = [bootstrap(metrics, strata, resamples, seed) for metrics in (metrics_1, metrics_2)]
     rows = []
     for name in point[0]:
         value = point[0][name][0] - point[1][name][0]
-        low, high = _interval(value, drawn[0][name] - drawn[1][name], confidence)
+        low, high = interval(value, drawn[0][name] - drawn[1][name], confidence)
         better = None
         if low > 0 or high < 0:
             better = first if (low > 0) == HIGHER_IS_BETTER[name] else second
@@ -221,7 +221,8 @@ def _predictors(
             yield str(name), regression_metrics(truth, predicted), np.zeros(len(rows), np.int64)
 
 
-def _bootstrap(metrics: Metrics, strata: Ints, resamples: int, seed: int) -> dict[str, Floats]:
+def bootstrap(metrics: Metrics, strata: Ints, resamples: int, seed: int) -> dict[str, Floats]:
+    """Metrics of resamples of the subjects, drawn within their `strata`: (resample, ...) each."""
     rng = np.random.default_rng(seed)
     step = max(1, BLOCK // len(strata))
     blocks = []
@@ -237,7 +238,7 @@ def _bootstrap(metrics: Metrics, strata: Ints, resamples: int, seed: int) -> dic
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _interval(point: float, drawn: Floats, confidence: float) -> tuple[float, float]:
+def interval(point: float, drawn: Floats, confidence: float) -> tuple[float, float]:
     """Percentiles over the resamples in which the metric is defined."""
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(point) or not len(drawn):

@@ -17,62 +17,120 @@ from torch import nn
 from tqdm import tqdm
 
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
-from neuromamba.checkpoint import OnChange, finished, save_model
+from neuromamba.checkpoint import ancestry, finished, load_model_info, load_weights, save_model
 from neuromamba.config import Config, Optimiser
+from neuromamba.distributed import join
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
-from neuromamba.runtime import choose_device, prefetch
-from neuromamba.splits import read_split
+from neuromamba.participants import read_participants
+from neuromamba.prefetch import prefetch
+from neuromamba.record import OnChange
+from neuromamba.runtime import choose_device
+from neuromamba.splits import nested_share, read_split
 from neuromamba.train import fit
 
 PARTS = ("train", "validation")
 
 
 def run_pretrain(
-    config: Config, dataset: str, model: str, seed: int, on_change: OnChange = "refuse"
+    config: Config,
+    dataset: str,
+    model: str,
+    seed: int,
+    on_change: OnChange = "refuse",
+    fraction: float | None = None,
 ) -> None:
     """Pretrain a model on a dataset: `pretrain/model.safetensors`, `model.json`, `metrics.jsonl`.
 
     A training that was stopped continues; one that has finished under the same settings and inputs
-    is left as it is.
+    is left as it is. With `init_from`, its first step starts from the weights in that folder
+    (`model.safetensors` and `model.json`); that is never how a stopped training is continued.
 
     Parameters
     ----------
     config, dataset, model, seed
-        The run, and names within it.
+        The run, and names within it; `dataset` may be a mixture of several.
     on_change
         What to do with a checkpoint or model of other settings or inputs: `refuse` or `restart`.
+    fraction
+        Make it a cell of the scaling study, on this share of the training subjects. The subjects of
+        the validation part are the same for every share.
 
     Raises
     ------
     InputError
-        When the split or the runs do not serve, or the training on disk does not fit.
+        When the split or the runs do not serve, when the training on disk or the weights to start
+        from do not fit, or for what `train.fit` gives.
     """
     layout = Layout(Path(config.results), dataset)
-    folder, section = layout.pretrain(model, seed), config.models[model]
-    split = read_split(layout.split)
-    subjects = {part: split[part] for part in PARTS}
-    runs = list_runs(config, dataset, [name for part in PARTS for name in subjects[part]])
-    record = make_record(config, dataset, model, seed, section.pretrain, runs)
+    folder, settings = layout.pretrain(model, seed), config.models[model].pretrain
+    if fraction is not None:
+        folder = layout.cell(model, fraction, seed)
+        settings = config.scaling.training(settings, fraction)
+    subjects, runs = list_training(config, dataset, fraction)
+    record = make_record(config, dataset, model, seed, settings, runs)
+    if fraction is not None:
+        record["settings"]["fraction"] = fraction
+    start = settings.init_from
+    earlier = load_model_info(Path(start)) if start else {}
+    if earlier:
+        record["inputs"]["init_from"] = earlier["files"]["model.safetensors"]
     if already_there(folder, record, on_change):
         return
     network = make_network(config, model, seed)
+    if start:
+        load_weights(network, Path(start))
+    if isinstance(pool := getattr(network, "pool", None), nn.Module):
+        pool.requires_grad_(False)  # no part of the loss
     windows = open_windows(config, dataset, model, network, subjects, runs)
-    train_and_save(network, section.pretrain, windows, folder, record, config, on_change)
+    facts = {"pretrained_from": ancestry(earlier)} if earlier else {}
+    train_and_save(network, settings, windows, folder, record, config, on_change, facts=facts)
+
+
+def list_training(
+    config: Config, dataset: str, fraction: float | None = None
+) -> tuple[dict[str, list[str]], pd.DataFrame]:
+    """The subjects of each part, and their runs, of a dataset or of all members of a mixture.
+
+    The names of a mixture are qualified: `dataset/sub-01`. With `fraction`, the training part is
+    that share of each dataset's (see `splits.nested_share`).
+    """
+    subjects: dict[str, list[str]] = {part: [] for part in PARTS}
+    tables = []
+    for member in config.members(dataset):
+        split = read_split(Layout(Path(config.results), member).split)
+        if fraction is not None:
+            of_dataset = config.datasets[member]
+            people = read_participants(of_dataset)
+            split["train"] = nested_share(
+                split["train"], people, of_dataset, fraction, config.splits.seed
+            )
+        start = f"{member}/" if dataset in config.mixtures else ""
+        of_member = [name for part in PARTS for name in split[part]]
+        table = list_runs(config, member, of_member)
+        tables.append(table.assign(run=start + table["run"], subject=start + table["subject"]))
+        for part in PARTS:
+            subjects[part] += [start + name for name in split[part]]
+    return subjects, pd.concat(tables)
 
 
 def make_network(config: Config, model: str, seed: int) -> nn.Module:
     """The model family with fresh weights drawn from `seed`."""
     torch.manual_seed(seed)
-    return build_model(config.models[model], config.tokens.patch**3 * config.tokens.time_patch)
+    values = config.tokens.patch**3 * config.tokens.time_patch
+    return build_model(config.models[model], values, config.compute)
 
 
 def make_settings(config: Config, model: str, settings: Optimiser, seed: int) -> dict[str, Any]:
     """The part of the config that a training depends on: its own section, the model's, tokens."""
     return {
         "model": config.models[model].model_dump(mode="json", exclude={"pretrain", "finetune"}),
-        type(settings).__name__.lower(): settings.model_dump(mode="json"),
+        # Weights to start from are an input, and the same wherever they lie; how many checkpoints
+        # there are changes nothing.
+        type(settings).__name__.lower(): settings.model_dump(
+            mode="json", exclude={"init_from", "keep_checkpoints"}
+        ),
         "tokens": config.tokens.model_dump(mode="json"),
         "seed": seed,
     }
@@ -85,15 +143,17 @@ def make_record(
 
     `runs` are the manifest's rows of the runs used, which tell how each was made.
     """
-    split = Layout(Path(config.results), dataset).split
+    members = config.members(dataset)
+    splits = {name: digest_file(Layout(Path(config.results), name).split) for name in members}
+    mixture = {"mixture": members} if dataset in config.mixtures else {}
     return {
         "stage": type(settings).__name__.lower(),
         "dataset": dataset,
         "model": model,
         "seed": seed,
-        "settings": make_settings(config, model, settings, seed),
+        "settings": make_settings(config, model, settings, seed) | mixture,
         "inputs": {
-            "split": digest_file(split),
+            "split": splits.get(dataset, splits),
             "runs": digest_json(runs.astype(str).to_dict("records")),
         },
     }
@@ -101,8 +161,9 @@ def make_record(
 
 def already_there(folder: Path, record: Mapping[str, Any], on_change: OnChange) -> bool:
     """Whether the finished model is there, telling the user so."""
-    done = finished(folder, record, on_change)
-    if done:
+    world = join()
+    done = bool(world.from_lead(lambda: finished(folder, record, on_change)))
+    if done and world.leads:
         tqdm.write(f"{folder / 'model.json'} is up to date", file=sys.stderr)
     return done
 
@@ -132,7 +193,9 @@ def open_windows(
                 f"run; see {layout.excluded} for the reasons, or raise splits.{part}"
             )
         readers = make_readers(network, layout, config.models[model], config.tokens)
-        windows[part] = Windows(group_runs(of_part), readers, config.compute.max_excluded)
+        weights = config.members(dataset) if dataset in config.mixtures else None
+        of_subject, most = group_runs(of_part), config.compute.max_excluded
+        windows[part] = Windows(of_subject, readers, most, weights)
     return windows
 
 
@@ -149,6 +212,8 @@ def train_and_save(
 ) -> None:
     """Run the loop to its end, write the finished model, and remove the checkpoints.
 
+    Under torchrun all processes call this, and the one of rank 0 writes.
+
     Parameters
     ----------
     network
@@ -160,28 +225,36 @@ def train_and_save(
     facts
         More entries for `model.json`.
     """
-    seed = int(record["seed"])
+    seed, world = int(record["seed"]), join()
     train, validation = windows["train"], windows["validation"]
-    spaced = validation.spaced(settings.validation_windows)
-    best = fit(
-        network,
-        settings,
-        lambda number: complete(train.training_batch(seed, number, settings.batch_size)),
-        lambda: prefetch(map(complete, validation.batches(spaced, settings.batch_size))),
-        folder,
-        record,
-        seed=seed,
-        device=choose_device(config.compute.device),
-        on_change=on_change,
-    )
+    spaced = validation.spaced(settings.validation_windows)[world.rank :: world.size]
+    share = world.share(settings.batch_size)
     info = {
         **record,
-        "step": settings.steps,
-        "best": {"step": best.step, **best.validation},
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "subjects": {part: of_part.subjects for part, of_part in windows.items()},
         "left_out": {run: why for part in windows.values() for run, why in part.left_out.items()},
         **(facts or {}),
     }
-    save_model(folder, best.weights, info)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    fitted = fit(
+        network,
+        settings,
+        lambda first, size: complete(train.training_batch(seed, first, size)),
+        lambda: prefetch(map(complete, validation.batches(spaced, share))),
+        folder,
+        info,
+        seed=seed,
+        device=choose_device(config.compute.device),
+        world=world,
+        on_change=on_change,
+    )
+    if world.leads:
+        best = {"step": fitted.step, **fitted.validation}
+        info |= {"step": settings.steps, "best": best, "events": fitted.events}
+        save_model(folder, fitted.weights, info, fitted.last)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if any(fitted.events.values()):
+            counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in fitted.events.items())
+            where = f"see the rows `event` of {folder / 'metrics.jsonl'}"
+            tqdm.write(f"training finished with {counts}; {where}", file=sys.stderr)
+    world.wait()

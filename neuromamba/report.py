@@ -74,7 +74,7 @@ def summary(config: Config) -> str:
         for training in trainings:
             skills = ", ".join(f"{value} over {name}" for name, value in _skills(training).items())
             if skills:
-                lines.append(f"{dataset}, {_label(training)}: forecast skill {skills}")
+                lines.append(f"{dataset}, {_label(training)}: next-patch skill {skills}")
         for target in config.datasets[dataset].targets:
             evaluations = list(collect_evaluations(config, dataset, target))
             if evaluations:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import signal
-import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -19,18 +16,33 @@ import torch
 
 from neuromamba.files import InputError
 
-T = TypeVar("T")
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
-STOPPED = 128 + signal.SIGTERM
-"""Exit status of a training that was told to stop, as a shell reports it."""
+TRY_AGAIN = os.EX_TEMPFAIL
+"""Exit status (75) of a training that was told to stop: the same command goes on with it."""
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+"""What a cluster sends before it takes the node away: by itself, or as `--signal=USR1@60` asks."""
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `compute.device`; `InputError` for a GPU that is not there."""
+    """The device for `compute.device`: of several GPUs, the one that torchrun meant for us.
+
+    Raises
+    ------
+    InputError
+        For a GPU that is not there.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("compute.device is cuda, and torch finds no GPU; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= there:
+        raise InputError(
+            f"this is process {number + 1} of a node with {there} GPUs; start one for each GPU "
+            f"(torchrun --nproc-per-node {there}), or set compute.device to cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def seed_torch(*words: int) -> None:
@@ -57,18 +69,19 @@ def deterministic() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """Give an event that SIGTERM sets: SLURM sends it before it takes the node away."""
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Give an event that any signal of `STOPPING` sets."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may handle signals; there the default stays in force.
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in STOPPING}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -85,43 +98,3 @@ def telling_full_disk(folder: Path) -> Iterator[None]:
             f"{folder}: the disk is full; free some space and start again: the training continues "
             "from its last checkpoint"
         ) from error
-
-
-def prefetch(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
-    """Iterate over `items` in their order, up to `depth` ahead, in one background thread.
-
-    An exception in `items` is raised here, at its place. Closing the iterator ends the thread.
-    """
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(kind: str, value: Any) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put((kind, value), timeout=0.05)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put("item", item)
-                if closed.is_set():
-                    return
-            put("end", None)
-        except BaseException:
-            put("error", sys.exc_info()[1])
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        closed.set()
-        thread.join()

@@ -7,12 +7,13 @@ which is 0 for a model as good as that predictor and 1 for a perfect one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
 from neuromamba.batches import Batch
+from neuromamba.distributed import World
 from neuromamba.models import skills
 
 
@@ -22,9 +23,17 @@ def with_skills(scalars: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean_scalars(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, precision: str = "float32"
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    precision: str,
+    world: World,
 ) -> dict[str, float]:
-    """A model's scalars without training it, averaged over all samples, with their skills."""
+    """A model's scalars without training it, averaged over all samples, with their skills.
+
+    Each process of `world` gives its own batches, of which there may be none. Empty when there are
+    no batches at all.
+    """
     model.eval()
     sums: dict[str, float] = {}
     samples = 0
@@ -32,26 +41,41 @@ def mean_scalars(
         for batch in batches:
             size = len(batch["run"])
             samples += size
-            for name, value in scalars_of(model, batch, device, precision)[1].items():
+            scalars = scalars_of(model.loss, batch, device, precision)  # type: ignore[arg-type]
+            # One transfer from the device for all scalars.
+            values = torch.stack([value.double() for value in scalars.values()]).tolist()
+            for name, value in zip(scalars, values, strict=True):
                 sums[name] = sums.get(name, 0.0) + value * size
-    return with_skills({name: value / samples for name, value in sums.items()})
+    everyone = world.gather([samples, sums])
+    total = sum(samples for samples, _ in everyone)
+    names = dict.fromkeys(name for _, sums in everyone for name in sums)
+    return with_skills(
+        {name: sum(sums.get(name, 0.0) for _, sums in everyone) / total for name in names}
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
+    """The batch with its tensors on `device`; the copy of `pinned` ones is not waited for."""
     return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch with its tensors in memory that a GPU can read by itself."""
+    return {
+        name: value.pin_memory() if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
 
 
 def scalars_of(
-    model: nn.Module, batch: Batch, device: torch.device, precision: str
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss, with its graph, and the values of all scalars that `model.loss` gives."""
-    bfloat16 = precision == "bfloat16"
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        scalars = model.loss(to_device(batch, device))  # type: ignore[operator]
-    # One transfer from the device for all scalars.
-    values = torch.stack([value.detach().double() for value in scalars.values()]).tolist()
-    return scalars["loss"], dict(zip(scalars, values, strict=True))
+    loss: Callable[[Batch], dict[str, torch.Tensor]],
+    batch: Batch,
+    device: torch.device,
+    precision: str,
+) -> dict[str, torch.Tensor]:
+    """The scalars that `loss` gives for a batch, with the graph of their gradients."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return loss(to_device(batch, device))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from neuromamba.config import Config, Optimiser
+from neuromamba.distributed import World
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.tables import write_table
@@ -22,6 +23,14 @@ from neuromamba.train import fit
 torch.set_num_threads(1)
 
 PATCH, TIME_PATCH, VALUES = 2, 2, 16
+ATTRIBUTES = {
+    "patch": PATCH,
+    "time_patch": TIME_PATCH,
+    "brain_fraction": 0.0,
+    "patch_grid": [2, 2, 2],
+    "affine": np.diag([2.0, 2.0, 2.0, 1.0]).tolist(),
+    "space": "MNI152NLin2009cAsym",
+}
 
 
 class FakeStore:
@@ -46,6 +55,8 @@ class FakeStore:
         self.values = rng.standard_normal(shape, dtype=np.float32) + np.float32(odd - 0.5)
         self.n_values = VALUES
         self.center = rng.random((self.n_tokens, 3), dtype=np.float32)
+        self.grid_index = rng.integers(0, 2, (self.n_tokens, 3)).astype(np.int16)
+        self.path, self.attrs = path, {**ATTRIBUTES, "run": run, "subject": subject, "key": run}
         self.shift = {"global": 1.0, "voxel": 0.0}
 
     def normalized(self, start: int, n_patches: int, kind: str) -> np.ndarray:
@@ -102,7 +113,8 @@ def write_dataset(folder: Path, subjects: int = 14) -> dict[str, list[str]]:
     runs += [f"{name}_task-rest_run-2" for name in names[::2]]
     layout = Layout(folder / "results", "fake")
     table = pd.DataFrame({"run": sorted(runs), "reason": None})
-    write_table(layout.index, table.assign(subject=[run.split("_")[0] for run in table["run"]]))
+    subject = [run.split("_")[0] for run in table["run"]]
+    write_table(layout.index, table.assign(subject=subject, repetition_time=1.5))
     for batch in range(2):
         write_table(layout.manifest("tokens", batch), table.iloc[batch::2])
     parts = {"validation": names[:2], "test": names[2:4], "train": names[4:]}
@@ -118,7 +130,7 @@ def write_dataset(folder: Path, subjects: int = 14) -> dict[str, list[str]]:
 
 # --- A toy to train -------------------------------------------------------------------------------
 
-CPU = torch.device("cpu")
+CPU, WORLD = torch.device("cpu"), World()
 SETTINGS = {
     "steps": 20,
     "batch_size": 4,
@@ -145,17 +157,28 @@ class Toy(nn.Module):
         return {"loss": mse, "mse_model": mse, "mse_zero": batch["y"].square().mean()}
 
 
-def batch_of(number: int, size: int = 4) -> dict:
-    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(number))
-    return {"x": x, "y": x.sum(1), "run": [f"run-{number}-{k}" for k in range(size)]}
+def samples(first: int, size: int) -> dict:
+    """The samples `first` to `first + size - 1` of an endless sequence."""
+    numbers = range(first, first + size)
+    x = torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(n)) for n in numbers])
+    return {"x": x, "y": x.sum(1), "run": [f"run-{n}" for n in numbers]}
 
 
 def validation() -> list[dict]:
-    return [batch_of(10_000), batch_of(10_001, 2)]
+    return [samples(10_000, 4), samples(10_004, 2)]
 
 
 def train(
-    folder: Path, *, model=None, training=batch_of, on_change="refuse", record=None, **change
+    folder: Path,
+    *,
+    model=None,
+    training=samples,
+    validation=validation,
+    on_change="refuse",
+    record=None,
+    world=WORLD,
+    device=CPU,
+    **change,
 ):
     settings = Optimiser(**{**SETTINGS, **change})
     record = record or {"settings": settings.model_dump(mode="json"), "inputs": {"split": "a"}}
@@ -168,7 +191,8 @@ def train(
         folder,
         record,
         seed=7,
-        device=CPU,
+        device=device,
+        world=world,
         on_change=on_change,
     )
     return model, best
@@ -177,3 +201,37 @@ def train(
 def rows(folder: Path) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+TIMES = ("seconds", "seconds_left", "samples_per_second", "tokens_per_second", "data_wait", "mfu")
+
+
+def timeless(folder: Path) -> list[dict]:
+    """The rows without what differs each time."""
+    other = {*TIMES, "peak_memory_mib"}
+    return [{k: v for k, v in row.items() if k not in other} for row in rows(folder)]
+
+
+def failing_at(step: int):
+    """A `training` that is broken off when it reads the samples of a step."""
+
+    def training(first: int, size: int) -> dict:
+        if first == step * size:
+            raise KeyboardInterrupt
+        return samples(first, size)
+
+    return training
+
+
+def assert_same(one, other) -> None:
+    """Two trainings (`train`) ended in the same bits."""
+    (model, fitted), (model2, fitted2) = one, other
+    for tensors, tensors2 in (
+        (model.state_dict(), model2.state_dict()),
+        (fitted.weights, fitted2.weights),
+        (fitted.last, fitted2.last),
+    ):
+        assert tensors.keys() == tensors2.keys()
+        assert all(torch.equal(tensors[name], tensors2[name]) for name in tensors)
+    for name in ("step", "validation", "events"):
+        assert getattr(fitted, name) == getattr(fitted2, name)

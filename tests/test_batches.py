@@ -28,7 +28,7 @@ from neuromamba.config import Config, Tokens
 from neuromamba.demo import write_demo
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
-from neuromamba.runtime import prefetch
+from neuromamba.prefetch import prefetch
 from neuromamba.tables import read_table, write_table
 from neuromamba.tokens import run_tokens
 from neuromamba.volumes import run_volumes
@@ -80,33 +80,26 @@ def test_samples_reach_all_runs_and_all_starts():
 
 def test_consecutive_batches_are_the_samples_in_order():
     windows = Windows(RUNS, [reader()])
-    runs = [windows.training_batch(0, number, 4)["run"] for number in range(3)]
+    runs = [windows.training_batch(0, first, 4)["run"] for first in (0, 4, 8)]
     assert list(itertools.chain(*runs)) == [windows.sample(0, n).run for n in range(12)]
 
 
-def test_a_batch_holds_the_stores_values_padded_at_the_end():
+def test_a_batch_holds_the_stores_values_one_window_after_the_other():
     runs = {name: of[:1] for name, of in RUNS.items()}
     stores = [FakeStore(Path(of[0])) for of in runs.values()]
     counts = [store.n_tokens for store in stores]
     assert len(set(counts)) > 1
     windows = Windows(runs, [reader()])
     batch = windows.batch([Window(name, of[0], 1) for name, of in runs.items()])
-    n = max(counts)
-    assert batch["tokens"].shape == (3, n, 4, VALUES)
-    assert batch["mean"].shape == (3, n, VALUES)
-    assert batch["centers"].shape == (3, n, 3)
+    assert batch["patches"].tolist() == counts
+    assert batch["tokens"].shape == (sum(counts), 4, VALUES)
     assert {batch[name].dtype for name in ("tokens", "mean", "centers")} == {torch.float32}
-    assert batch["patch_mask"].dtype == torch.bool
-    assert batch["patch_mask"].sum(1).tolist() == counts
+    parts = {name: batch[name].split(counts) for name in ("tokens", "mean", "centers")}
     for row, store in enumerate(stores):
-        k = store.n_tokens
         expected = store.normalized(1, 4, "global").swapaxes(0, 1)
-        np.testing.assert_array_equal(batch["tokens"][row, :k], expected)
-        np.testing.assert_array_equal(batch["centers"][row, :k], store.center)
-        np.testing.assert_array_equal(batch["mean"][row, :k], store.mean_normalized("global"))
-        assert not batch["tokens"][row, k:].any()
-        assert not batch["mean"][row, k:].any()
-        assert batch["patch_mask"][row, :k].all()
+        np.testing.assert_array_equal(parts["tokens"][row], expected)
+        np.testing.assert_array_equal(parts["centers"][row], store.center)
+        np.testing.assert_array_equal(parts["mean"][row], store.mean_normalized("global"))
 
 
 def test_normalization_is_the_models():
@@ -195,7 +188,7 @@ def test_readers_of_several_needs_share_the_windows():
     assert {windows.sample(0, n).start for n in range(60)} == {0, 1}
     batch = windows.batch([Window("sub-02", "sub-02_run-1", 1)])
     assert batch["seven"].tolist() == [[8]]
-    assert batch["tokens"].shape[0] == 1
+    assert len(batch["patches"]) == 1
 
 
 def test_a_need_that_no_reader_serves_is_refused(tmp_path):
@@ -228,7 +221,7 @@ def test_prefetch_keeps_the_order():
 
 def test_prefetch_stays_a_little_ahead_only():
     made = []
-    items = prefetch((made.append(n) or n for n in range(100)), depth=2)
+    items = prefetch((made.append(n) or n for n in range(100)), ahead=2)
     assert next(items) == 0
     time.sleep(0.2)
     assert len(made) <= 4
@@ -251,7 +244,7 @@ def test_a_closed_prefetch_leaves_no_thread():
     items = prefetch(itertools.count())
     next(items)
     items.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.fixture(scope="module")
@@ -294,9 +287,9 @@ def test_a_batch_of_real_stores_is_the_volumes_cut_into_patches(
         z = (bold - volumes.attrs["global_mean"]) / volumes.attrs["global_sd"]
     z = np.nan_to_num(z.to_numpy())[6 : 6 + 8].reshape(4, 2, 24, 24, 24)
     kept = 0
-    for row, center in enumerate(batch["centers"][0].numpy()):
+    for row, center in enumerate(batch["centers"].numpy()):
         x, y, s = (np.floor(center * 4).astype(int)) * 6
         patch = z[:, :, s : s + 6, y : y + 6, x : x + 6].reshape(4, -1)
-        np.testing.assert_allclose(batch["tokens"][0, row], patch, rtol=1e-3, atol=5e-3)
+        np.testing.assert_allclose(batch["tokens"][row], patch, rtol=1e-3, atol=5e-3)
         kept += np.abs(patch).sum()
     assert kept == pytest.approx(np.abs(z).sum())

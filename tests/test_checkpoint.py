@@ -5,53 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import fake_runs
 import pytest
 import torch
-from fake_runs import SETTINGS, Toy, batch_of, rows, train
+from fake_runs import SETTINGS, Toy, assert_same, failing_at, rows, samples, timeless, train
 from safetensors import SafetensorError
 from torch import nn
 
 from neuromamba import checkpoint
 from neuromamba.checkpoint import (
-    differences,
-    finished,
     load_model_info,
     load_weights,
-    save_model,
-    seen_subjects,
 )
 from neuromamba.config import Optimiser
 from neuromamba.files import InputError
-from neuromamba.runtime import STOPPED
-
-
-def timeless(folder: Path) -> list[dict]:
-    times = ("seconds", "samples_per_second")
-    return [{k: v for k, v in row.items() if k not in times} for row in rows(folder)]
-
-
-def assert_same(one, other):
-    (model, best), (model2, best2) = one, other
-    for tensors, tensors2 in (
-        (model.state_dict(), model2.state_dict()),
-        (best.weights, best2.weights),
-    ):
-        assert tensors.keys() == tensors2.keys()
-        assert all(torch.equal(tensors[name], tensors2[name]) for name in tensors)
-    assert (best.step, best.validation) == (best2.step, best2.validation)
-
-
-def failing_at(number: int):
-    def training(n):
-        if n == number:
-            raise KeyboardInterrupt
-        return batch_of(n)
-
-    return training
+from neuromamba.runtime import TRY_AGAIN
 
 
 @pytest.mark.parametrize("stop", [2, 5, 11, 12, 19])
@@ -76,51 +46,54 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
     assert found
 
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from fake_runs import Toy, train
-
-class Stopped(Toy):
-    steps = 0
-
-    def loss(self, batch):
-        self.steps += self.training
-        if self.training and self.steps == {step}:
-            {action}
-        return super().loss(batch)
-
-train(Path(sys.argv[1]), model=Stopped())
-"""
-SIGKILL = "os.kill(os.getpid(), signal.SIGKILL)"
-SIGTERM = "os.kill(os.getpid(), signal.SIGTERM)"
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints; `last` is told to be the newest."""
+    names = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert (folder / "checkpoints" / "last").readlink() == Path(names[-1])
+    return [int(name.removeprefix("step-")) for name in names]
 
 
-def run_script(folder: Path, step: int, action: str) -> subprocess.CompletedProcess:
-    script = SCRIPT.format(tests=str(Path(__file__).parent), step=step, action=action)
-    command = [sys.executable, "-c", script, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_a_killed_process_continues_to_the_same_bits(tmp_path, whole):
-    done = run_script(tmp_path, 12, SIGKILL)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, training=failing_at(12))
     (tmp_path / "checkpoints" / ".tmp-left-over").mkdir()
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step*")] == ["step-00000010"]
-    again = train(tmp_path)
-    assert_same(again, whole[1])
+    (tmp_path / "checkpoints" / ".tmp-last").symlink_to("step-00000010")
+    assert_same(train(tmp_path), whole[1])
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(tmp_path, whole):
+    def validation():
+        for number, batch in enumerate(fake_runs.validation()):
+            assert number == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.raises(SystemExit):
+        train(tmp_path, validation=validation)
+    assert steps_in(tmp_path) == [0, 4]
+    assert not [row for row in rows(tmp_path) if row["split"] == "validation"]
+    assert_same(train(tmp_path), whole[1])
     assert timeless(tmp_path) == timeless(whole[0])
-    assert not (tmp_path / "checkpoints" / ".tmp-left-over").exists()
 
 
-def test_sigterm_saves_the_step_and_says_so(tmp_path, whole):
-    done = run_script(tmp_path, 8, SIGTERM)
-    assert done.returncode == STOPPED, done.stderr
-    assert "the same command continues" in done.stderr
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_the_step_and_says_so(tmp_path, whole, name, capsys):
+    class Signalled(Toy):
+        steps = 0
+
+        def loss(self, batch):
+            self.steps += self.training
+            if self.training and self.steps == 8:
+                os.kill(os.getpid(), signal.Signals[name])
+            return super().loss(batch)
+
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, model=Signalled())
+    assert stopped.value.code == TRY_AGAIN == 75
+    assert "told to stop after step 8 of 20" in capsys.readouterr().err
     # Step 8 has a validation, which is made up for when the training goes on.
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step*")] == ["step-00000008"]
+    assert steps_in(tmp_path) == [5, 8]
     assert_same(train(tmp_path), whole[1])
     assert timeless(tmp_path) == timeless(whole[0])
 
@@ -154,26 +127,88 @@ def test_restart_trains_from_the_start(tmp_path):
 def test_restart_continues_an_unchanged_training(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, training=failing_at(8))
-    train(tmp_path, training=lambda n: batch_of(n) if n >= 5 else 1 / 0, on_change="restart")
+
+    def from_step_5(first, size):
+        return samples(first, size) if first >= 5 * size else 1 / 0
+
+    train(tmp_path, training=from_step_5, on_change="restart")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "state.json").write_text("{"),
-        lambda folder: (folder / "state.json").unlink(),
-        lambda folder: (folder / "optimizer.safetensors").unlink(),
-        lambda folder: (folder / "best.safetensors").write_bytes(b"1234"),
-        lambda folder: os.truncate(folder / "model.safetensors", 200),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_with_the_cure(tmp_path, damage):
+DAMAGE = [
+    lambda folder: (folder / "state.json").write_text("{"),
+    lambda folder: (folder / "state.json").unlink(),
+    lambda folder: (folder / "optimizer.safetensors").unlink(),
+    lambda folder: (folder / "best.safetensors").write_bytes(b"1234"),
+    lambda folder: os.truncate(folder / "model.safetensors", 200),
+    lambda folder: flip_bit(folder / "model.safetensors"),
+    lambda folder: (folder / "metrics.jsonl").write_text(""),
+]
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, whole, damage, capsys):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, training=failing_at(8))
-    damage(tmp_path / "checkpoints" / "step-00000005")
-    with pytest.raises(InputError, match="step-00000005: the checkpoint is damaged") as error:
+        train(tmp_path, training=failing_at(13))
+    damage(tmp_path / "checkpoints" / "step-00000010")
+    capsys.readouterr()
+    read = []
+
+    def training(first, size):
+        read.append(first)
+        return samples(first, size)
+
+    again = train(tmp_path, training=training)
+    assert min(read) == 4 * 5
+    told = capsys.readouterr().err
+    assert "step-00000010: the checkpoint is damaged (" in told
+    assert "going on from the one before, step-00000005" in told
+    assert_same(again, whole[1])
+    assert timeless(tmp_path) == timeless(whole[0])
+
+
+def test_without_a_whole_checkpoint_the_cure_is_told(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, training=failing_at(13))
+    for path, damage in zip((tmp_path / "checkpoints").glob("step-*"), DAMAGE, strict=False):
+        damage(path)
+    with pytest.raises(InputError) as error:
         train(tmp_path)
+    for step in (5, 10):
+        assert f"step-{step:08d}: the checkpoint is damaged (" in str(error.value)
     assert f"remove {tmp_path / 'checkpoints'} to train from the start" in str(error.value)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [15]), (2, [10, 15]), (9, [0, 5, 10, 15])])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep, kept):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, training=failing_at(18), keep_checkpoints=keep)
+    assert steps_in(tmp_path) == kept
+
+
+def test_snapshots_are_models_of_their_own_and_stay(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, training=failing_at(13), keep_every=5)
+    snapshots = tmp_path / "snapshots"
+    for step in (5, 10):
+        snapshot = (snapshots / f"step-{step:08d}" / "model.safetensors").read_bytes()
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+        assert snapshot == checkpoint.read_bytes()
+    model, fitted = train(tmp_path, keep_every=5)
+    assert_same((model, fitted), whole[1])
+    names = [f"step-{step:08d}" for step in (5, 10, 15, 20)]
+    assert sorted(path.name for path in snapshots.iterdir()) == names
+    assert load_model_info(snapshots / names[1])["step"] == 10
+    load_weights(model, snapshots / names[3])
+    assert all(torch.equal(model.state_dict()[name], fitted.last[name]) for name in fitted.last)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, training=failing_at(5), keep_every=6, on_change="restart")
+    assert not snapshots.exists()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +229,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path, whole, mon
     monkeypatch.setattr(checkpoint, "_write_tensors", full_after_step_5)
     with pytest.raises(InputError, match="the disk is full; free some space"):
         train(tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    assert steps_in(tmp_path) == [0, 5]
     monkeypatch.undo()
     assert_same(train(tmp_path), whole[1])
 
@@ -206,64 +241,3 @@ def test_a_checkpoint_of_another_model_names_what_is_missing(tmp_path):
     wider.layers.append(nn.Linear(1, 1))
     with pytest.raises(InputError, match=r"checkpoints does not fit .* missing layers\.5\.weight"):
         train(tmp_path, model=wider)
-
-
-# --- Finished models ------------------------------------------------------------------------------
-
-
-RECORD = {"settings": {"a": {"b": 1, "c": [1, 2]}}, "inputs": {"split": "x"}}
-
-
-def test_a_model_is_whole_only_with_its_own_weights(tmp_path):
-    with pytest.raises(InputError, match="has not finished"):
-        load_model_info(tmp_path)
-    model = Toy()
-    save_model(tmp_path, model.state_dict(), RECORD)
-    info = load_model_info(tmp_path)
-    assert info["settings"] == RECORD["settings"]
-    assert info["versions"]["torch"] == torch.__version__
-    other = Toy()
-    nn.init.ones_(model.layers[0].weight)
-    load_weights(other, tmp_path)
-    assert torch.equal(other.layers[0].weight, Toy().layers[0].weight)
-    with (tmp_path / "model.safetensors").open("r+b") as stream:
-        stream.seek(-1, os.SEEK_END)
-        stream.write(b"\x55")
-    with pytest.raises(InputError, match="differs from the digest"):
-        load_model_info(tmp_path)
-
-
-def test_weights_that_do_not_fit_are_reported_by_name(tmp_path):
-    weights = Toy().state_dict()
-    weights["layers.9.weight"] = weights.pop("layers.4.bias")
-    weights["layers.0.weight"] = torch.zeros(2, 2)
-    save_model(tmp_path, weights, RECORD)
-    with pytest.raises(InputError) as error:
-        load_weights(Toy(), tmp_path)
-    for part in (
-        "missing layers.4.bias",
-        "unexpected layers.9.weight",
-        "layers.0.weight is (2, 2), not (16, 6)",
-    ):
-        assert part in str(error.value)
-
-
-def test_a_finished_model_of_other_settings_is_refused_or_removed(tmp_path):
-    save_model(tmp_path, Toy().state_dict(), RECORD)
-    assert finished(tmp_path, RECORD, "refuse")
-    changed = {**RECORD, "settings": {"a": {"b": 2, "c": [1, 2]}}}
-    with pytest.raises(InputError, match=r"a\.b: 1 -> 2"):
-        finished(tmp_path, changed, "refuse")
-    assert not finished(tmp_path, changed, "restart")
-    assert not (tmp_path / "model.json").exists()
-
-
-def test_differences_name_keys_that_came_and_went():
-    new = {"settings": {"a": {"c": [1, 2]}, "d": None}, "inputs": {"split": "x"}}
-    assert differences(RECORD, new) == ["a.b: 1 -> unset", "d: unset -> None"]
-
-
-def test_seen_subjects_include_those_of_the_model_before():
-    earlier = {"subjects": {"train": ["sub-1"], "validation": ["sub-2"]}}
-    info = {"subjects": {"train": ["sub-3"], "validation": []}, "pretrained_from": earlier}
-    assert seen_subjects(info) == {"sub-1", "sub-2", "sub-3"}

@@ -10,6 +10,7 @@ from neuromamba.cli import main
 
 STAGES = ["demo-data", "index", "volumes", "tokens", "rois", "splits"]
 STAGES += ["pretrain", "finetune", "evaluate", "report", "summary"]
+STAGES += ["forecast", "embed", "export"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -42,10 +42,45 @@ def test_no_shipped_dataset_is_forgotten(root: Path):
     assert sorted(SHIPPED) == sorted(p.stem for p in (root / "config/datasets").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("model", ["neuromamba-tiny", "neuromamba-small", "neuromamba-base"])
-def test_every_shipped_model_is_valid(base: Path, model: str):
-    config = load_config([base], [f"models=[{model}]"])
-    assert config.models[model].family == "neuromamba"
+SIZES = {"small": 128, "base": 192, "5m": 256, "12m": 384, "21m": 512, "47m": 768}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes(base: Path, size: str):
+    name = f"neuromamba-{size}"
+    model = load_config([base], [f"models=[{name}]"]).models[name]
+    assert (model.width, model.state, model.depth) == (SIZES[size], SIZES[size] // 4, 12)
+
+
+def test_no_shipped_model_is_forgotten(root: Path):
+    shipped = [f"neuromamba-{size}" for size in ["tiny", *SIZES]]
+    assert sorted(shipped) == sorted(p.stem for p in (root / "config/models").glob("*.yaml"))
+
+
+MIXTURE = ["datasets=[hcp,abcd]", "mixtures={both: {hcp: 3, abcd: 1}}"]
+
+
+def test_a_mixture_of_datasets(base: Path):
+    config = load_config([base], [*MIXTURE, "pretrain={mixture: both}"])
+    assert config.members("both") == {"hcp": 0.75, "abcd": 0.25}
+    assert config.members("hcp") == {"hcp": 1.0}
+    assert config.pretrained_on("hcp", "neuromamba-small") == "both"
+    alone = load_config([base], MIXTURE)
+    assert alone.pretrained_on("hcp", "neuromamba-small") == "hcp"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["mixtures={both: {hcp: 1}}"], "mixtures.both: hcp not among `datasets` (fmriprep)"),
+        (["mixtures={fmriprep: {fmriprep: 1}}"], "mixtures.fmriprep has the name of a dataset"),
+        (["mixtures={none: {}}"], "mixtures.none must name at least one dataset"),
+        (["mixtures={x: {fmriprep: 0}}"], "mixtures.x.fmriprep (is 0)"),
+        (["pretrain={mixture: all}"], "pretrain.mixture is 'all', which is not among `mixtures`"),
+    ],
+)
+def test_a_wrong_mixture_is_explained(base: Path, settings, message):
+    assert message in problem(base, *settings)
 
 
 def test_the_demo_is_valid(root: Path, base: Path):
@@ -106,7 +141,7 @@ def test_an_unknown_key_in_a_dataset_file_names_that_file(tmp_path: Path):
         ("volumes.shape=[96, 96, 95]", "tokens.patch (6) must divide"),
         ("splits.test=0.95", "leave subjects to train on"),
         ("pretrain.steps=0", "greater than 0"),
-        ("models=[neuromamba-huge]", "there are: neuromamba-base"),
+        ("models=[neuromamba-huge]", "there are: neuromamba-12m"),
         ("datasets=[nothing]", "there are: abcd"),
         ("datasets=demo", "must be a list of names"),
         ("models.neuromamba-small.head_dim=48", "must be a multiple of head_dim (48)"),

@@ -32,9 +32,10 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def reproduce(folder: Path) -> list[str]:
+def reproduce(folder: Path, *targets: str) -> list[str]:
     """The stages that `dvc repro` ran, but for the index, which it always runs."""
-    stages = re.findall(r"^Running stage '(.+)':$", run(folder, "dvc", "repro"), re.MULTILINE)
+    told = run(folder, "dvc", "repro", *targets)
+    stages = re.findall(r"^Running stage '(.+)':$", told, re.MULTILINE)
     return [stage for stage in stages if not stage.startswith("index@")]
 
 
@@ -45,6 +46,7 @@ def folder(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("config", "neuromamba"):
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "dvc.yaml", folder)
+    shutil.copytree(root / "workflow" / "forecast", folder / "workflow" / "forecast")
     tiny = yaml.safe_load((root / "tests" / "tiny.yaml").read_text())
     dataset = tiny.pop("datasets")["tiny"]
     (folder / "config" / "datasets" / "tiny.yaml").write_text(yaml.safe_dump(dataset))
@@ -69,6 +71,13 @@ def test_a_changed_setting_runs_its_stage_and_those_below(folder: Path):
     config["finetune"]["learning_rate"] = 0.01
     path.write_text(yaml.safe_dump(config))
     assert reproduce(folder) == BELOW_FINETUNE
+
+
+def test_forecasts_are_made_when_they_are_asked_for(folder: Path):
+    path = "workflow/forecast/dvc.yaml"
+    assert reproduce(folder, path) == [f"{path}:forecast@tiny-tiny-0"]
+    assert (folder / "results/tiny/tiny/seed-0/forecast/forecast.svg").exists()
+    assert reproduce(folder, path) == []
 
 
 def test_what_it_made_can_be_reported(folder: Path):

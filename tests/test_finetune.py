@@ -139,8 +139,8 @@ def test_finetuning_writes_a_model_that_knows_whom_it_has_seen(tmp_path, parts, 
     trained = {part: parts[part] for part in ("train", "validation")}
     assert info["subjects"] == trained
     assert info["pretrained_from"]["subjects"] == trained
-    assert seen_subjects(info) == {*parts["train"], *parts["validation"]}
-    assert {run.split("_")[0] for run in FakeStore.opened} == seen_subjects(info)
+    assert seen_subjects(info, "fake") == {*parts["train"], *parts["validation"]}
+    assert {run.split("_")[0] for run in FakeStore.opened} == seen_subjects(info, "fake")
     assert info["best"]["step"] in (4, 8)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from neuromamba.config.schema import Config, NeuroMamba
+from neuromamba.config.schema import Compute, Config, NeuroMamba
 from neuromamba.models import build_model, skills
 from neuromamba.models.position import fourier_features
 
@@ -27,24 +29,27 @@ def build(seed: int = 0, **changes) -> torch.nn.Module:
     return build_model(settings(**changes), PATCH_VALUES)
 
 
-def make_batch(counts: list[int], n_time: int = 5, padding: int = 0) -> dict[str, Tensor]:
-    """Runs of `counts` patches each; a run's values depend on its place in the list only."""
-    patches = max(counts) + padding
-    batch = {
-        "tokens": torch.zeros(len(counts), patches, n_time, PATCH_VALUES),
-        "patch_mask": torch.zeros(len(counts), patches, dtype=torch.bool),
-        "centers": torch.zeros(len(counts), patches, 3),
-        "mean": torch.zeros(len(counts), patches, PATCH_VALUES),
+def make_window(count: int, n_time: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "tokens": torch.randn(count, n_time, PATCH_VALUES, generator=generator),
+        "patches": torch.tensor([count]),
+        "centers": torch.rand(count, 3, generator=generator),
+        "mean": torch.randn(count, PATCH_VALUES, generator=generator),
     }
-    for index, count in enumerate(counts):
-        generator = torch.Generator().manual_seed(index)
-        batch["tokens"][index, :count] = torch.randn(
-            count, n_time, PATCH_VALUES, generator=generator
-        )
-        batch["patch_mask"][index, :count] = True
-        batch["centers"][index, :count] = torch.rand(count, 3, generator=generator)
-        batch["mean"][index, :count] = torch.randn(count, PATCH_VALUES, generator=generator)
-    return batch
+
+
+def pack(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([window[name] for window in windows]) for name in windows[0]}
+
+
+def make_windows(counts: list[int], n_time: int = 5) -> list[dict[str, Tensor]]:
+    """Windows of `counts` patches; one's values depend on its place in the list only."""
+    return [make_window(count, n_time, seed) for seed, count in enumerate(counts)]
+
+
+def make_batch(counts: list[int], n_time: int = 5) -> dict[str, Tensor]:
+    return pack(make_windows(counts, n_time))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,8 @@ def test_published_parameter_counts(width: int, state: int, published: float) ->
 def test_contract() -> None:
     model, batch = build(), make_batch([3, 5])
     assert set(model.needs) <= set(batch)
-    assert model.encode(batch).shape == (2, 25, 16)
+    assert model.encode(batch).shape == (8, 5, 16)
+    assert model.predict_next(batch).shape == (40, PATCH_VALUES)
     assert model.embed(batch).shape == (2, model.width)
     scalars = model.loss(batch)
     assert set(scalars) == SCALARS
@@ -92,95 +98,120 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_before_fine_tuning_the_embedding_is_the_plain_mean() -> None:
     model, batch = build(), make_batch([4])
-    torch.testing.assert_close(model.embed(batch), model.encode(batch).mean(1))
+    torch.testing.assert_close(model.embed(batch)[0], model.encode(batch).mean((0, 1)))
 
 
 def test_pooling_weights_belong_to_positions_and_groups_of_channels() -> None:
     model, batch = build(), make_batch([3, 5])
     torch.nn.init.normal_(model.pool.weight)
-    hidden, embedding = model.encode(batch), model.embed(batch)
-    heads, n_time = model.pool.out_features, batch["tokens"].shape[2]
-    for row, count in enumerate([3, 5]):
-        h = hidden[row, : count * n_time]
+    hidden, embedding = model.encode(batch).split([3, 5]), model.embed(batch)
+    heads = model.pool.out_features
+    for row in range(2):
+        h = hidden[row].flatten(0, 1)
         weights = model.pool(h).softmax(0)
         groups = h.chunk(heads, dim=1)
         expected = [weights[:, k] @ group for k, group in enumerate(groups)]
         torch.testing.assert_close(embedding[row], torch.cat(expected))
 
 
-def test_loss_by_hand() -> None:
-    """The definitions, one position at a time, in numpy."""
-    model, counts, n_time = build(), [3, 5], 4
-    batch = make_batch(counts, n_time)
-    prediction = model.head(model.encode(batch)).detach().double().numpy()
-    tokens, mean = batch["tokens"].double().numpy(), batch["mean"].double().numpy()
-    every, by_model, by_last, by_mean = [], [], [], []
-    for run, count in enumerate(counts):
-        sequence = [(p, t) for p in range(count) for t in range(n_time)]
-        for position, (p, t) in enumerate(sequence):
-            if position == 0:
-                continue
-            target = tokens[run, p, t]
-            error = np.mean((prediction[run, position - 1] - target) ** 2)
-            every.append(error)
-            if t >= 1:
-                by_model.append(error)
-                by_last.append(np.mean((tokens[run, p, t - 1] - target) ** 2))
-                by_mean.append(np.mean((mean[run, p] - target) ** 2))
-    expected = {
-        "loss": np.mean(every),
-        "mse_model": np.mean(by_model),
-        "mse_persistence": np.mean(by_last),
-        "mse_mean": np.mean(by_mean),
-        "skill_persistence": 1 - np.mean(by_model) / np.mean(by_last),
-        "skill_mean": 1 - np.mean(by_model) / np.mean(by_mean),
+@pytest.mark.parametrize("order", ["t-fastest", "space-fastest"])
+@pytest.mark.parametrize("target", ["raw", "patch"])
+@pytest.mark.parametrize("objective", ["mse", "mae", "huber"])
+def test_loss_by_hand(order: str, target: str, objective: str) -> None:
+    """The definitions, one window and one position at a time, in numpy."""
+    model, counts, n_time = build(order=order, target=target, objective=objective), [3, 5], 4
+    found = model.loss(make_batch(counts, n_time))
+    distances = {
+        "mse": np.square,
+        "mae": np.abs,
+        "huber": lambda d: np.where(np.abs(d) < 1, d * d / 2, np.abs(d) - 0.5),
     }
-    found = {name: value.item() for name, value in model.loss(batch).items()}
-    assert found == pytest.approx(expected, rel=1e-5)
+    distance = distances[objective]
+    rows = []
+    for window, count in zip(make_windows(counts, n_time), counts, strict=True):
+        prediction = model.predict_next(window).detach().double().numpy()
+        tokens, mean = window["tokens"].double().numpy(), window["mean"].double().numpy()
+        if target == "patch":
+            tokens = (tokens - tokens.mean(-1, keepdims=True)) / tokens.std(-1, keepdims=True)
+            mean = (mean - mean.mean(-1, keepdims=True)) / mean.std(-1, keepdims=True)
+        if order == "t-fastest":
+            sequence = [(p, t) for p in range(count) for t in range(n_time)]
+        else:
+            sequence = [(p, t) for t in range(n_time) for p in range(count)]
+        every, by_model, by_last, by_mean = [], [], [], []
+        for position, (p, t) in enumerate(sequence[1:]):
+            difference = prediction[position] - tokens[p, t]
+            every.append(distance(difference).mean())
+            if t >= 1:
+                by_model.append(np.mean(difference**2))
+                by_last.append(np.mean((tokens[p, t - 1] - tokens[p, t]) ** 2))
+                by_mean.append(np.mean((mean[p] - tokens[p, t]) ** 2))
+        rows.append([np.mean(errors) for errors in (every, by_model, by_last, by_mean)])
+    loss, by_model, by_last, by_mean = np.mean(rows, axis=0)
+    expected = {
+        "loss": loss,
+        "mse_model": by_model,
+        "mse_persistence": by_last,
+        "mse_mean": by_mean,
+        "skill_persistence": 1 - by_model / by_last,
+        "skill_mean": 1 - by_model / by_mean,
+    }
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
-def test_a_run_does_not_depend_on_batch_mates_or_padding() -> None:
-    model, counts = build().double(), [3, 7, 5]
-    together = model.embed({k: _double(v) for k, v in make_batch(counts, padding=4).items()})
-    batch = make_batch(counts)
-    for index, count in enumerate(counts):
-        one = {k: _double(v[index : index + 1, :count]) for k, v in batch.items()}
-        torch.testing.assert_close(model.embed(one)[0], together[index], rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("order", ["t-fastest", "space-fastest"])
+def test_packed_windows_give_what_each_gives_alone(order: str) -> None:
+    """Loss, gradients, embeddings and hidden states: nothing leaks from one into another."""
+    model, counts = build(order=order).double(), [3, 7, 1, 5]
+    torch.nn.init.normal_(model.pool.weight)
+    windows = [{k: _double(v) for k, v in window.items()} for window in make_windows(counts)]
+    together = pack(windows)
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for n, p in model.named_parameters() if n != "pool.weight"]
+
+    alone = [model.loss(window) for window in windows]
+    packed = model.loss(together)
+    for name in ("loss", "mse_model", "mse_persistence", "mse_mean"):
+        mean = torch.stack([scalars[name] for scalars in alone]).mean()
+        torch.testing.assert_close(packed[name], mean, rtol=1e-12, atol=1e-14)
+    expected = gradients(torch.stack([scalars["loss"] for scalars in alone]).mean())
+    for found, value in zip(gradients(packed["loss"]), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-12)
+    for function in (model.embed, model.encode, model.predict_next):
+        one_by_one = torch.cat([function(window) for window in windows])
+        torch.testing.assert_close(function(together), one_by_one, rtol=1e-11, atol=1e-12)
 
 
-def test_padding_is_not_in_the_loss() -> None:
-    model, batch = build(), make_batch([3, 5])
-    plain = model.loss(batch)
-    padded = make_batch([3, 5], padding=6)
-    padded["tokens"][~padded["patch_mask"]] = 1e3
-    padded["mean"][~padded["patch_mask"]] = -1e3
-    for name, value in model.loss(padded).items():
-        torch.testing.assert_close(value, plain[name], msg=name)
-
-
-def test_sequence_is_causal_with_time_fastest() -> None:
-    model, batch = build(), make_batch([4], n_time=5)
-    before = model.encode(batch)
-    batch["tokens"][0, 2, 3] += 1
-    changed = (model.encode(batch) - before)[0].abs().amax(-1) > 0
-    first = 2 * 5 + 3
-    assert not changed[:first].any()
-    assert changed[first:].all()
+@pytest.mark.parametrize("order", ["t-fastest", "space-fastest"])
+def test_sequence_is_causal_in_its_order(order: str) -> None:
+    model, windows = build(order=order), make_windows([4, 3])
+    before = model.encode(pack(windows))
+    windows[0]["tokens"][2, 3] += 1
+    changed = (model.encode(pack(windows)) - before).abs().amax(-1) > 0
+    assert not changed[4:].any()
+    p, t = torch.arange(4)[:, None], torch.arange(5)
+    index = 5 * p + t if order == "t-fastest" else 4 * t + p
+    assert torch.equal(changed[:4], index >= index[2, 3])
 
 
 def test_hidden_states_know_place_and_time() -> None:
     model, batch = build(), make_batch([4])
     before = model.encode(batch)
-    batch["centers"][0, 0, 0] += 0.1
+    batch["centers"][0, 0] += 0.1
     assert (model.encode(batch) - before)[0, 0].abs().max() > 1e-3
     code = model._position(batch["centers"], 5)
-    assert (code[0, :, 1:] - code[0, :, :-1]).abs().amax(-1).min() > 1e-3
+    assert (code[:, 1:] - code[:, :-1]).abs().amax(-1).min() > 1e-3
 
 
 def test_position_code_is_linear_in_the_features_of_all_four_coordinates() -> None:
     model, centers = build(), make_batch([4])["centers"]
-    t = ((torch.arange(5) + 0.5) / 5)[None, None, :, None].expand(1, 4, 5, 1)
-    space = fourier_features(centers, 4)[:, :, None].expand(-1, -1, 5, -1)
+    t = ((torch.arange(5) + 0.5) / 5)[None, :, None].expand(4, 5, 1)
+    space = fourier_features(centers, 4)[:, None].expand(-1, 5, -1)
     expected = model.position(torch.cat([space, fourier_features(t, 4)], dim=-1))
     torch.testing.assert_close(model._position(centers, 5), expected)
 
@@ -213,6 +244,41 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
         torch.testing.assert_close(recomputed, plain)
 
 
+def test_compiled_blocks_give_the_same_gradients(monkeypatch) -> None:
+    """Between the scan and the chains, which stay as they are; only the kernels are not made."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = build_model(settings(), PATCH_VALUES, Compute(compile=compiled))
+        for counts in ([3, 5], [4, 2]):  # a second length, for which nothing is compiled again
+            model.loss(make_batch(counts))["loss"].backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)
+
+
+def test_learning_rates_and_head_follow_the_width() -> None:
+    scales = build(width=32, base_width=8).learning_rate_scales()
+    assert set(scales.values()) == {0.25}
+    names = {name.rsplit(".", 2)[-2] for name in scales}
+    assert names == {"in_proj", "out_proj", "head", "pool"}
+    standard = build(width=32, base_width=8, parametrization="standard")
+    assert set(standard.learning_rate_scales().values()) == {1.0}
+    wide = build(width=32, base_width=8)
+    torch.testing.assert_close(wide.head.weight, standard.head.weight / 2)
+
+
+def test_flops_are_those_of_the_products() -> None:
+    # One chunk holds all steps, or the counter would see the products between chunks too.
+    model, batch = build(depth=1, chunk=40), make_batch([8])
+    with FlopCounterMode(display=False) as counter:
+        model.predict_next(batch)
+    position, convolution = 2 * (8 * 27 + 5 * 9) * 16, 2 * 40 * 4 * (32 + 8)
+    assert model.flops(batch) == counter.get_total_flops() - position + convolution
+
+
 def test_one_time_patch_cannot_be_forecast() -> None:
     with pytest.raises(ValueError, match=r"1 time patch.*raise the model's `volumes`"):
         build().loss(make_batch([3], n_time=1))
@@ -240,7 +306,7 @@ def sines(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     batch = make_batch([6, 6, 6, 6], n_time=8)
     t = torch.arange(8)[:, None]
-    phase = 2 * math.pi * torch.rand(4, 6, 1, 1, generator=generator)
+    phase = 2 * math.pi * torch.rand(24, 1, 1, generator=generator)
     spread = torch.linspace(0, 2 * math.pi, PATCH_VALUES)
     batch["tokens"] = torch.sin(1.2 * t + phase + spread)
     batch["mean"] = torch.zeros_like(batch["mean"])
@@ -286,7 +352,8 @@ def test_cuda_equals_cpu() -> None:
         model.zero_grad()
         loss = model.loss(moved)["loss"]
         loss.backward()
-        results[device] = [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
+        grads = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        results[device] = [loss.detach().cpu(), *grads]
     for found, expected in zip(results["cuda"], results["cpu"], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 

@@ -203,7 +203,7 @@ def test_a_dataset_without_targets_shows_its_pretraining(config: Config, tmp_pat
     text = write_page(bare).text
     assert "names no targets" in text
     assert "skill over persistence" in text
-    assert "forecast skill" in summary(bare)
+    assert "next-patch skill" in summary(bare)
 
 
 # --- Words --------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_an_undefined_metric_is_not_compared(config: Config) -> None:
 def test_the_summary_has_the_main_figures_and_the_path(config: Config) -> None:
     run_report(config)
     text = summary(config)
-    assert "toy, small, seed 0: forecast skill" in text
+    assert "toy, small, seed 0: next-patch skill" in text
     assert "toy: sex (16 test subjects" in text
     assert re.search(r"small, seed 0 +AUROC \d\.\d+ \[\d\.\d+, \d\.\d+\]", text)
     assert re.search(r"FC baseline +MAE", text)

@@ -288,7 +288,8 @@ def test_memory_does_not_grow_with_the_number_of_volumes(
 
     peak(20)
     volume_bytes = 20 * 24 * 21 * 4
-    assert peak(160) < peak(40) + 20 * volume_bytes
+    # Far less than the 120 volumes between them; garbage of other tests comes and goes.
+    assert peak(160) < peak(40) + 60 * volume_bytes
 
 
 # --- Real scans -----------------------------------------------------------------------------------

@@ -1,25 +1,29 @@
 """The configuration of a run, shared by the workflow and the command line."""
 
-from neuromamba.config.load import build_config, load_config, merge, save_config
-from neuromamba.config.schema import (
+from neuromamba.config.data import (
     Classification,
-    Compute,
-    Config,
     Dataset,
-    Evaluate,
     FilePatterns,
-    Finetune,
-    Model,
-    NeuroMamba,
-    Optimiser,
     Participants,
-    Pretrain,
     Regression,
     Rois,
     Splits,
     Target,
     Tokens,
     Volumes,
+)
+from neuromamba.config.load import build_config, load_config, merge, save_config
+from neuromamba.config.schema import (
+    Compute,
+    Config,
+    Evaluate,
+    Finetune,
+    Forecast,
+    Model,
+    NeuroMamba,
+    Optimiser,
+    Pretrain,
+    Scaling,
 )
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "Evaluate",
     "FilePatterns",
     "Finetune",
+    "Forecast",
     "Model",
     "NeuroMamba",
     "Optimiser",
@@ -37,6 +42,7 @@ __all__ = [
     "Pretrain",
     "Regression",
     "Rois",
+    "Scaling",
     "Splits",
     "Target",
     "Tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from neuromamba.files import InputError, write_text
 
 PER_MODEL = ("pretrain", "finetune")
 """Sections that stand in `config.yaml` for all models, and that a model's own file may change."""
+
+_NAMED = (("datasets",), ("models",), ("scaling", "models"))
+"""Keys whose value may be names of files; only the last may be left out."""
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -72,23 +76,28 @@ def build_config(
 
     `folder` holds `datasets/` and `models/`; `source` names the files in error messages.
     """
-    changes = dict(changes or {})
-    for_models = {key: changes.pop(key) for key in PER_MODEL if key in changes}
-    raw = dict(raw)
-    for kind in ("datasets", "models"):
-        if kind in changes and not isinstance(changes[kind], Mapping):
-            raw[kind] = changes.pop(kind)
+    whole: dict[str, Any] = deepcopy(dict(raw))
+    change: dict[str, Any] = deepcopy(dict(changes or {}))
+    for_models = {key: change.pop(key) for key in PER_MODEL if key in change}
     files: dict[tuple[str, ...], str] = {}
-    for kind in ("datasets", "models"):
-        raw[kind] = _resolve_names(raw.get(kind), kind, Path(folder), source, files)
-    shared = {key: raw.pop(key) for key in PER_MODEL if key in raw}
-    raw["models"] = {
-        name: merge(merge(shared, model), for_models) if isinstance(model, Mapping) else model
-        for name, model in raw["models"].items()
-    }
-    raw = merge(raw, changes)
+    shared = {key: whole.pop(key) for key in PER_MODEL if key in whole}
+    for place in _NAMED:
+        given = _holder(change, place)
+        if place[-1] in given and not isinstance(given[place[-1]], Mapping):
+            whole = merge(whole, _nest(place, given.pop(place[-1])))
+        holder = _holder(whole, place)
+        value = holder.get(place[-1])
+        if value is None and len(place) > 1:
+            continue
+        found = _resolve_names(value, place, Path(folder), source, files)
+        if place[-1] == "models":
+            for name, model in found.items():
+                if isinstance(model, Mapping):
+                    found[name] = merge(merge(shared, model), for_models)
+        holder[place[-1]] = found
+    whole = merge(whole, change)
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(whole)
     except ValidationError as error:
         raise InputError(_explain(error, source, files)) from None
 
@@ -106,31 +115,48 @@ def _parse_setting(setting: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"the value in setting {setting!r} is not valid YAML: {error}") from None
-    for part in reversed(key.split(".")):
-        value = {part: value}
+    return _nest(key.split("."), value)
+
+
+def _nest(place: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(place):
+        value = {key: value}
     return value
 
 
+def _holder(tree: dict[str, Any], place: Sequence[str]) -> dict[str, Any]:
+    """The mapping in `tree` that holds the last key of `place`; an empty one if there is none."""
+    for key in place[:-1]:
+        below = tree.get(key)
+        tree = below if isinstance(below, dict) else {}
+    return tree
+
+
 def _resolve_names(
-    value: Any, kind: str, folder: Path, source: str, files: dict[tuple[str, ...], str]
+    value: Any,
+    place: tuple[str, ...],
+    folder: Path,
+    source: str,
+    files: dict[tuple[str, ...], str],
 ) -> dict[str, Any]:
     """Turn `[demo]` into `{"demo": contents of datasets/demo.yaml}`; a mapping stays as it is."""
+    kind, key = place[-1], ".".join(place)
     if isinstance(value, Mapping):
         return dict(value)
     if value is None:
-        raise InputError(f"{source}: key {kind!r} is missing; give a list of names")
+        raise InputError(f"{source}: key {key!r} is missing; give a list of names")
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise InputError(f"{source}: {kind} must be a list of names, like `{kind}: [demo]`")
+        raise InputError(f"{source}: {key} must be a list of names, like `{kind}: [demo]`")
     found = {}
     for name in value:
         path = folder / kind / f"{name}.yaml"
         if not path.exists():
             known = sorted(file.stem for file in (folder / kind).glob("*.yaml"))
             raise InputError(
-                f"{source}: {kind}: {name!r} has no file {path}; there are: {', '.join(known)}"
+                f"{source}: {key}: {name!r} has no file {path}; there are: {', '.join(known)}"
             )
         found[name] = read_yaml(path)
-        files[(kind, name)] = str(path)
+        files[(*place, name)] = str(path)
     return found
 
 
@@ -140,8 +166,8 @@ def _explain(error: ValidationError, source: str, files: Mapping[tuple[str, ...]
         place = [str(part) for part in problem["loc"]]
         if place[:1] == ["datasets"] and place[2:3] == ["targets"]:
             del place[4:5]  # the name of the union's member, which is no key of the file
-        file = files.get(tuple(place[:2]))
-        keys = place[2:] if file else place
+        named = next((n for n in (2, 3) if tuple(place[:n]) in files), 0)
+        file, keys = files.get(tuple(place[:named])), place[named:]
         if file and keys[:1] in ([section] for section in PER_MODEL):
             file = f"{source} with {file}"  # the key may stand in either
         lines.append(f"{file or source}: {_explain_one(problem, place, keys)}")

@@ -8,113 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
-"""A name that becomes a folder: letters, digits, dots and hyphens."""
-
-
-class Section(BaseModel):
-    """Settings that cannot change once read, and that refuse keys they do not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-# --- Datasets -----------------------------------------------------------------------------------
-
-
-class Participants(Section):
-    """The table of subjects."""
-
-    file: str
-    id_column: str = "participant_id"
-    site_column: str | None = None
-
-
-class Classification(Section):
-    """A label to be predicted: class names and the cell values that mean them, positive last."""
-
-    kind: Literal["classification"]
-    column: str
-    classes: dict[str, str] = Field(min_length=2)
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-
-class Regression(Section):
-    """A number to be predicted."""
-
-    kind: Literal["regression"]
-    column: str
-
-
-Target = Annotated[Classification | Regression, Field(discriminator="kind")]
-
-
-class FilePatterns(Section):
-    """Where files lie when their names are not BIDS: paths with `{entity}` placeholders."""
-
-    bold: str
-    mask: str
-    confounds: str | None = None
-
-
-class Dataset(Section):
-    """One dataset: what its files are and what is known of its subjects."""
-
-    derivatives: str
-    space: str = "MNI152NLin2009cAsym"
-    resolution: str | None = None
-    entities: dict[str, list[str]] = {}
-    files: FilePatterns | None = None
-    repetition_time: PositiveFloat | None = None
-    participants: Participants | None = None
-    targets: dict[Name, Target] = {}
-    atlas: str | None = None
-    exclude: list[str] = []
-
-
-# --- Data stages --------------------------------------------------------------------------------
-
-
-class Volumes(Section):
-    """The grid that every run is resampled to, and how it is stored."""
-
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
-    voxel_size: PositiveFloat = 2.0
-    min_volumes: PositiveInt = 20
-    shard_volumes: PositiveInt = 48
-    compression_level: Annotated[int, Field(ge=1, le=22)] = 1
-
-
-class Tokens(Section):
-    """How a run is cut into patches and which of them count as brain."""
-
-    patch: PositiveInt = 6
-    time_patch: PositiveInt = 2
-    brain_fraction: Fraction = 0.0
-
-
-class Rois(Section):
-    """ROI series without an atlas: cubes of this edge, in mm."""
-
-    cube: PositiveFloat = 24.0
-
-
-class Splits(Section):
-    """The share of subjects held out for testing and for model selection."""
-
-    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _leave_some_for_training(self) -> Splits:
-        if self.test + self.validation >= 1:
-            raise ValueError("test + validation must leave subjects to train on (sum below 1)")
-        return self
-
+from neuromamba.config.data import Dataset, Fraction, Name, Rois, Section, Splits, Tokens, Volumes
+from neuromamba.files import InputError
 
 # --- Training and evaluation --------------------------------------------------------------------
 
@@ -136,12 +33,20 @@ class Optimiser(Section):
     validate_every: PositiveInt = 100
     validation_windows: PositiveInt = 1
     checkpoint_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    spike: Annotated[float, Field(gt=1)] = 10.0
+    max_bad_steps: PositiveInt = 10
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
 
 
 class Pretrain(Optimiser):
     """Self-supervised training on the subjects of the training part."""
 
     steps: PositiveInt = 10000
+    init_from: str | None = None
+    mixture: Name | None = None
 
 
 class Finetune(Optimiser):
@@ -162,12 +67,22 @@ class Evaluate(Section):
     allow_seen_subjects: bool = False
 
 
+class Forecast(Section):
+    """Forecasts of the test subjects' runs by the pretrained model, fed with its own forecasts."""
+
+    windows: PositiveInt = 4
+    context: PositiveInt | None = None
+    max_subjects: PositiveInt | None = 50
+
+
 class Compute(Section):
-    """How the work is cut into jobs and where it runs; no result depends on these."""
+    """How the work is cut into jobs and where it runs; results depend on it by rounding alone."""
 
     batches: PositiveInt = 1
     max_excluded: Fraction = 0.2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "torch", "mamba-ssm"] = "auto"
+    compile: bool = False
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -187,6 +102,11 @@ class NeuroMamba(Section):
     bands: PositiveInt = 10
     volumes: PositiveInt = 20
     normalization: Literal["global", "voxel"] = "global"
+    order: Literal["t-fastest", "space-fastest"] = "t-fastest"
+    target: Literal["raw", "patch"] = "raw"
+    objective: Literal["mse", "mae", "huber"] = "mse"
+    parametrization: Literal["mup", "standard"] = "mup"
+    base_width: PositiveInt = 128
     checkpoint_blocks: bool = False
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
@@ -206,6 +126,33 @@ class NeuroMamba(Section):
 Model = NeuroMamba
 
 
+class Scaling(Section):
+    """The scaling study: each model on each share of the training subjects, once per seed."""
+
+    models: dict[Name, Model] | None = None
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=[0.01, 0.03, 0.1, 0.3, 1.0], min_length=1
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    steps: Literal["full", "proportional"] = "full"
+
+    def training(self, settings: Pretrain, fraction: float) -> Pretrain:
+        """The pretraining of a cell, whose length may follow the fraction."""
+        if self.steps == "full":
+            return settings
+        steps = max(1, round(fraction * settings.steps))
+        warmup = round(fraction * settings.warmup_steps)
+        return settings.model_copy(update={"steps": steps, "warmup_steps": warmup})
+
+    @model_validator(mode="after")
+    def _every_cell_has_its_folder(self) -> Scaling:
+        names = [f"{fraction:g}" for fraction in self.fractions]
+        for key, values in (("fractions", names), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} must differ from each other (to six digits)")
+        return self
+
+
 # --- The whole run ------------------------------------------------------------------------------
 
 
@@ -216,12 +163,72 @@ class Config(Section):
     datasets: dict[Name, Dataset] = Field(min_length=1)
     models: dict[Name, Model] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    mixtures: dict[Name, dict[str, PositiveFloat]] = Field(default={})
     volumes: Volumes = Volumes()
     tokens: Tokens = Tokens()
     rois: Rois = Rois()
     splits: Splits = Splits()
     evaluate: Evaluate = Evaluate()
+    forecast: Forecast = Forecast()
     compute: Compute = Compute()
+    scaling: Scaling = Scaling()
+
+    def study(self) -> Config:
+        """The config of the scaling study: its models and seeds in the place of the run's.
+
+        Raises
+        ------
+        InputError
+            When the losses of its models are of different things.
+        """
+        models = self.scaling.models or self.models
+        alike = ("family", "volumes", "normalization", "order", "target", "objective", "mixture")
+        for key in alike:
+            found = {
+                name: getattr(model.pretrain if key == "mixture" else model, key, None)
+                for name, model in models.items()
+            }
+            if len(set(found.values())) > 1:
+                raise InputError(
+                    f"scaling: the losses of models that differ in {key!r} cannot be compared "
+                    f"({', '.join(f'{name}: {value}' for name, value in found.items())})"
+                )
+        return self.model_copy(update={"models": models, "seeds": self.scaling.seeds})
+
+    def pretrained_on(self, dataset: str, model: str) -> str:
+        """The dataset or mixture whose pretraining the models of `dataset` start from."""
+        return self.models[model].pretrain.mixture or dataset
+
+    def members(self, name: str) -> dict[str, float]:
+        """The datasets of a mixture and their shares, which sum to 1; a dataset is its own."""
+        weights = self.mixtures.get(name, {name: 1.0})
+        return {dataset: weight / sum(weights.values()) for dataset, weight in weights.items()}
+
+    def _every_model(self) -> list[tuple[str, Model]]:
+        studied = self.scaling.models or {}
+        models = [(f"models.{name}", model) for name, model in self.models.items()]
+        return models + [(f"scaling.models.{name}", model) for name, model in studied.items()]
+
+    @model_validator(mode="after")
+    def _mixtures_are_of_datasets(self) -> Config:
+        for name, weights in self.mixtures.items():
+            if name in self.datasets:
+                raise ValueError(f"mixtures.{name} has the name of a dataset; give it another")
+            if unknown := [dataset for dataset in weights if dataset not in self.datasets]:
+                raise ValueError(
+                    f"mixtures.{name}: {', '.join(unknown)} not among `datasets` "
+                    f"({', '.join(self.datasets)})"
+                )
+            if not weights:
+                raise ValueError(f"mixtures.{name} must name at least one dataset and its weight")
+        for place, model in self._every_model():
+            mixture = model.pretrain.mixture
+            if mixture is not None and mixture not in self.mixtures:
+                raise ValueError(
+                    f"{place}.pretrain.mixture is {mixture!r}, which is not among `mixtures` "
+                    f"({', '.join(self.mixtures) or 'none is defined'})"
+                )
+        return self
 
     @model_validator(mode="after")
     def _patches_fit(self) -> Config:
@@ -232,15 +239,15 @@ class Config(Section):
             )
         if self.volumes.shard_volumes % self.tokens.time_patch:
             raise ValueError("tokens.time_patch must divide volumes.shard_volumes")
-        for name, model in self.models.items():
+        for place, model in self._every_model():
             if model.volumes % self.tokens.time_patch:
                 raise ValueError(
-                    f"models.{name}.volumes ({model.volumes}) must be a multiple of "
+                    f"{place}.volumes ({model.volumes}) must be a multiple of "
                     f"tokens.time_patch ({self.tokens.time_patch})"
                 )
             if model.volumes < 2 * self.tokens.time_patch:
                 raise ValueError(
-                    f"models.{name}.volumes ({model.volumes}) must hold at least two time patches "
+                    f"{place}.volumes ({model.volumes}) must hold at least two time patches "
                     f"of {self.tokens.time_patch} volumes, so that there is a next one to predict"
                 )
         return self

@@ -4,17 +4,27 @@ A family is one file with one class, a `torch.nn.Module` that has
 
 - ``needs``: names of the tensors that its batches carry;
 - ``width``: the width of its embedding;
-- ``loss(batch)``: a dict of scalar tensors, ``"loss"`` among them;
-- ``embed(batch)``: a tensor (batch, width);
-- ``pool``, if it likes: the part of ``embed`` that pretraining leaves alone, and that is learnt
-  together with a head also where the rest of the model is frozen.
+- ``loss(batch)``: a dict of scalar tensors, ``"loss"`` among them, each a mean over the samples of
+  the batch in which every sample counts the same;
+- ``embed(batch)``: a tensor (samples, width);
+
+and, if it likes,
+
+- ``pool``: the part of ``embed`` that pretraining leaves alone, and that is learnt together with a
+  head also where the rest of the model is frozen;
+- ``head``: the part that ``embed`` does without, and that fine-tuning leaves alone;
+- ``learning_rate_scales()``: multipliers of the learning rate by parameter name;
+- ``flops(batch)``: floating-point operations of the forward pass of ``loss``;
+- ``encode(batch)``: hidden states (N, T, width) of ``tokens``;
+- ``roll_out(batch, known)``: a forecast (N, T - known, V) of ``tokens`` from their first `known`
+  time patches, of windows of one run.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from neuromamba.config.schema import Model
+from neuromamba.config.schema import Compute, Model
 from neuromamba.config.schema import NeuroMamba as NeuroMambaSettings
 from neuromamba.models.neuromamba import NeuroMamba
 from neuromamba.models.skill import skills
@@ -22,7 +32,7 @@ from neuromamba.models.skill import skills
 __all__ = ["NeuroMamba", "build_model", "skills"]
 
 
-def build_model(model: Model, patch_values: int) -> nn.Module:
+def build_model(model: Model, patch_values: int, compute: Compute | None = None) -> nn.Module:
     """Build a model with fresh weights, drawn from torch's global generator: seed it before.
 
     Parameters
@@ -31,6 +41,8 @@ def build_model(model: Model, patch_values: int) -> nn.Module:
         The model's section of the config.
     patch_values : int
         Values of one patch: ``patch**3 * time_patch``.
+    compute : neuromamba.config.schema.Compute, optional
+        Which kernels to use; no result depends on it but by rounding.
 
     Returns
     -------
@@ -39,4 +51,4 @@ def build_model(model: Model, patch_values: int) -> nn.Module:
     """
     match model:
         case NeuroMambaSettings():
-            return NeuroMamba(model, patch_values)
+            return NeuroMamba(model, patch_values, compute or Compute())

@@ -1,9 +1,10 @@
-"""Elementwise chains of the Mamba-2 layer, worked through in blocks of rows.
+"""Elementwise chains of the Mamba-2 layer: convolution and SiLU; gate and RMS norm.
 
-Each chain (convolution and SiLU; gate and RMS norm) would otherwise stream arrays of the size of
-the whole sequence through memory once an operation, and keep several of them for the backward
-pass. Here a block of rows stays in the cache for the whole chain, and the backward pass, written
-out, recomputes from the inputs. On a GPU one block holds all rows.
+Each chain is written twice. `conv_silu_plain` and `gated_norm_plain` are the equations, on whole
+tensors. On a GPU they are compiled, each into one kernel for either direction. On a CPU they would
+stream arrays of the size of the whole sequence through memory once an operation, and keep several
+of them for the backward pass; there a block of rows stays in the cache for the whole chain, and the
+backward pass, written out, recomputes from the inputs.
 
 Half-precision inputs are computed with in float32, also under autocast.
 
@@ -20,11 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from neuromamba.models.compiled import compiled_on_gpu
+
 CACHE_ELEMENTS = 1 << 16
 """Elements of a block of rows on a CPU (0.25 MiB in float32)."""
 
 
-def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+@torch.compiler.disable
+def causal_conv_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None
+) -> Tensor:
     """Convolve each channel with its own taps over the present and past steps, then SiLU.
 
     As a sum of shifted copies, which a CPU does faster than a grouped convolution.
@@ -35,15 +41,22 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     weight : Tensor, (channels, taps)
         The last tap multiplies the present step; steps before the first are 0.
     bias : Tensor, (channels,)
+    seq_idx : Tensor, (batch, length) integer, optional
+        The sequence that each step belongs to, where several are packed one after the other; no
+        tap reaches into another one.
 
     Returns
     -------
     Tensor, (batch, length, channels)
         In the dtype of `x`.
     """
-    return _CausalConvSilu.apply(x, weight, bias)
+    if x.is_cuda:
+        with torch.autocast("cuda", enabled=False):
+            return _conv_silu_compiled(x, weight, bias, seq_idx)
+    return _CausalConvSilu.apply(x, weight, bias, seq_idx)
 
 
+@torch.compiler.disable
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``g / sqrt(mean(g^2) + epsilon) * weight`` over the last axis, with ``g = y * silu(z)``.
 
@@ -58,22 +71,56 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, epsilon: float) -> Tens
     Tensor, (batch, length, channels)
         In the dtype of `y`.
     """
+    if y.is_cuda:
+        with torch.autocast("cuda", enabled=False):
+            return _gated_norm_compiled(y, z, weight, epsilon)
     return _GatedRmsNorm.apply(y, z, weight, epsilon)
+
+
+def conv_silu_plain(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """The equation of `causal_conv_silu`, for any device and differentiable."""
+    dtype, length, taps = _compute_dtype(x), x.shape[1], weight.shape[1]
+    before = F.pad(x.to(dtype), (0, 0, taps - 1, 0))
+    y = bias.to(dtype)
+    for tap in range(taps):
+        shifted = before[:, tap : tap + length]
+        if seq_idx is not None and tap < taps - 1:
+            shift = taps - 1 - tap
+            there = F.pad(seq_idx, (shift, 0), value=-1)[:, :length]
+            shifted = shifted * (there == seq_idx)[..., None]
+        y = y + shifted * weight[:, tap].to(dtype)
+    return F.silu(y).to(x.dtype)
+
+
+def gated_norm_plain(y: Tensor, z: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The equation of `gated_rms_norm`, for any device and differentiable."""
+    dtype = _compute_dtype(y)
+    gated = y.to(dtype) * F.silu(z.to(dtype))
+    scale = (gated.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return (gated * scale * weight.to(dtype)).to(y.dtype)
+
+
+_conv_silu_compiled = compiled_on_gpu(conv_silu_plain)
+_gated_norm_compiled = compiled_on_gpu(gated_norm_plain)
 
 
 class _CausalConvSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
+        ctx.seq_idx = seq_idx
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for rows in _row_blocks(x):
-                y[:, rows] = F.silu(_conv_rows(x, weight, bias, rows))
+                ids = _ids_near(seq_idx, rows, weight.shape[1])
+                y[:, rows] = F.silu(_conv_rows(x, weight, bias, rows, ids))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias = ctx.saved_tensors
         dtype = _compute_dtype(x)
         dx = torch.zeros(x.shape, dtype=dtype, device=x.device)
@@ -82,13 +129,15 @@ class _CausalConvSilu(torch.autograd.Function):
         taps = weight.T.to(dtype).contiguous()
         with torch.autocast(x.device.type, enabled=False):
             for rows in _row_blocks(x):
-                before_silu = _conv_rows(x, weight, bias, rows)
+                ids = _ids_near(ctx.seq_idx, rows, len(taps))
+                before_silu = _conv_rows(x, weight, bias, rows, ids)
                 d = torch.ops.aten.silu_backward(dy[:, rows].to(dtype), before_silu)
                 dbias += d.sum((0, 1))
                 for tap, here, there in _shifts(rows, len(taps)):
-                    dx[:, there].addcmul_(d[:, here], taps[tap])
-                    dtaps[tap] += (d[:, here] * x[:, there].to(dtype)).sum((0, 1))
-        return dx.to(x.dtype), dtaps.T.to(weight.dtype), dbias.to(bias.dtype)
+                    d_tap = _where_same(d[:, here], ids, rows, here, there)
+                    dx[:, there].addcmul_(d_tap, taps[tap])
+                    dtaps[tap] += (d_tap * x[:, there].to(dtype)).sum((0, 1))
+        return dx.to(x.dtype), dtaps.T.to(weight.dtype), dbias.to(bias.dtype), None
 
 
 class _GatedRmsNorm(torch.autograd.Function):
@@ -133,7 +182,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _row_blocks(x: Tensor) -> Iterator[slice]:
     length = x.shape[1]
-    size = max(1, CACHE_ELEMENTS // (x.shape[0] * x.shape[2])) if x.device.type == "cpu" else length
+    size = max(1, CACHE_ELEMENTS // (x.shape[0] * x.shape[2]))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -148,12 +197,30 @@ def _shifts(rows: slice, taps: int) -> Iterator[tuple[int, slice, slice]]:
             yield tap, here, slice(first - shift, rows.stop - shift)
 
 
-def _conv_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: slice) -> Tensor:
+def _ids_near(seq_idx: Tensor | None, rows: slice, taps: int) -> Tensor | None:
+    """`seq_idx`, or `None` where all that a block's taps reach belongs to one sequence."""
+    if seq_idx is None:
+        return None
+    near = seq_idx[:, max(0, rows.start - taps + 1) : rows.stop]
+    return None if bool((near == near[:, :1]).all()) else seq_idx
+
+
+def _where_same(
+    values: Tensor, ids: Tensor | None, rows: slice, here: slice, there: slice
+) -> Tensor:
+    """`values`, with 0 where the step and the one under its tap are of different sequences."""
+    if ids is None:
+        return values
+    now = slice(rows.start + here.start, rows.start + here.stop)
+    return values * (ids[:, now] == ids[:, there])[..., None]
+
+
+def _conv_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: slice, ids: Tensor | None) -> Tensor:
     dtype = _compute_dtype(x)
     taps = weight.T.to(dtype).contiguous()
     y = bias.to(dtype).expand(x.shape[0], rows.stop - rows.start, -1).clone()
     for tap, here, there in _shifts(rows, len(taps)):
-        y[:, here].addcmul_(x[:, there].to(dtype), taps[tap])
+        y[:, here].addcmul_(_where_same(x[:, there].to(dtype), ids, rows, here, there), taps[tap])
     return y
 
 

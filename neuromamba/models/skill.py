@@ -1,4 +1,4 @@
-"""How much better than an honest predictor a forecast is."""
+"""How much better than an honest predictor a prediction is."""
 
 from __future__ import annotations
 
@@ -33,11 +33,6 @@ def skills(errors: Mapping[str, Number]) -> dict[str, Number]:
         for name, error in errors.items()
         if name.startswith("mse_") and name != "mse_model"
     }
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`, of the same shape, is true; nan where it never is."""
-    return values.masked_fill(~mask, 0).sum() / mask.sum()
 
 
 def _at_least(value: Number, minimum: float) -> Number:

@@ -39,7 +39,7 @@ BATCHES = range(CONFIG.compute.batches)
 
 
 wildcard_constraints:
-    dataset="|".join(map(re.escape, CONFIG.datasets)),
+    dataset="|".join(map(re.escape, [*CONFIG.datasets, *CONFIG.mixtures])),
     model="|".join(map(re.escape, CONFIG.models)),
     seed=r"\d+",
     target=r"[^/]+",
@@ -49,7 +49,7 @@ wildcard_constraints:
 onstart:
     # The jobs read the merged config from here. It is no rule's input, because a new date on it
     # says nothing about which settings changed; that is what `params` are for.
-    for name in CONFIG.datasets:
+    for name in [*CONFIG.datasets, *CONFIG.mixtures]:
         save_config(f"{CONFIG.results}/{name}/config.yaml", CONFIG)
 
 
@@ -91,18 +91,38 @@ def all_batches(stage):
     )
 
 
+def of_members(paths):
+    """An input function: these paths of the wildcard's dataset, or of all members of a mixture."""
+    return lambda wildcards: expand(paths, dataset=CONFIG.members(wildcards.dataset))
+
+
 def all_datasets(paths):
     """Paths with a `dataset` wildcard, for every dataset."""
     return expand(paths, dataset=CONFIG.datasets)
 
 
 def all_models(path):
-    """One file of every dataset, model and seed."""
+    """One file of every dataset, model and seed, where pretraining puts it."""
+    return [
+        file
+        for dataset in CONFIG.datasets
+        for model in CONFIG.models
+        for file in expand(
+            f"{MODEL}/{path}",
+            dataset=CONFIG.pretrained_on(dataset, model),
+            model=model,
+            seed=CONFIG.seeds,
+        )
+    ]
+
+
+def pretrained(wildcards):
+    """An input function: the pretraining that the models of the wildcard's dataset start from."""
     return expand(
-        f"{MODEL}/{path}",
-        dataset=CONFIG.datasets,
-        model=CONFIG.models,
-        seed=CONFIG.seeds,
+        f"{MODEL}/pretrain/model.json",
+        dataset=CONFIG.pretrained_on(wildcards.dataset, wildcards.model),
+        model=wildcards.model,
+        seed=wildcards.seed,
     )
 
 

@@ -5,8 +5,8 @@
 rule pretrain_model:
     """Train a model without labels on the training subjects."""
     input:
-        split=rules.split_dataset.output.split,
-        tokens=all_batches("tokens"),
+        split=of_members(rules.split_dataset.output.split),
+        tokens=of_members(all_batches("tokens")),
     output:
         f"{MODEL}/pretrain/model.json",
     log:
@@ -17,6 +17,7 @@ rule pretrain_model:
     params:
         run=TRAINING,
         model=of_model(drop=["finetune"]),
+        members=lambda wildcards: CONFIG.members(wildcards.dataset),
     shell:
         "neuromamba pretrain {params.run} --on-change restart 2>&1 | tee {log}"
 
@@ -24,7 +25,7 @@ rule pretrain_model:
 rule finetune_model:
     """Train a pretrained model, or a head on it, to predict one target."""
     input:
-        pretrained=rules.pretrain_model.output,
+        pretrained=pretrained,
         split=rules.split_dataset.output.split,
     output:
         f"{MODEL}/finetune/{{target}}/model.json",
@@ -65,3 +66,32 @@ rule evaluate_model:
         evaluate=CONFIG.evaluate.model_dump(mode="json"),
     shell:
         "neuromamba evaluate {params.run} --target {wildcards.target} 2>&1 | tee {log}"
+
+
+rule forecast_model:
+    """Forecast the rest of windows of the test subjects' runs by the pretrained model."""
+    input:
+        pretrained=pretrained,
+        split=rules.split_dataset.output.split,
+        tokens=all_batches("tokens"),
+    output:
+        tables=expand(
+            f"{MODEL}/forecast/{{file}}",
+            file=["errors.tsv", "forecast.tsv"],
+            allow_missing=True,
+        ),
+        figure=f"{MODEL}/forecast/forecast.svg",
+        facts=f"{MODEL}/forecast/forecast.json",
+    log:
+        f"logs/{MODEL}/forecast.log",
+    benchmark:
+        f"logs/{MODEL}/forecast.benchmark.tsv"
+    threads: 4
+    params:
+        run=TRAINING,
+        forecast=CONFIG.forecast.model_dump(mode="json"),
+        evaluate=CONFIG.evaluate.model_dump(
+            mode="json", include={"bootstrap", "confidence", "allow_seen_subjects"}
+        ),
+    shell:
+        "neuromamba forecast {params.run} 2>&1 | tee {log}"
