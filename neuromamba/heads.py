@@ -141,6 +141,11 @@ class HeadedModel(nn.Module):
         sd = embeddings.std(0, correction=0)
         self.scale.copy_(torch.where(sd > 1e-6 * embeddings.abs().mean(), sd, 1.0))
 
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Those of the backbone, by the names of its parameters here."""
+        scales = getattr(self.backbone, "learning_rate_scales", dict)()
+        return {f"backbone.{name}": scale for name, scale in scales.items()}
+
     def train(self, mode: bool = True) -> HeadedModel:
         super().train(mode)
         if self.frozen:

@@ -13,11 +13,12 @@ from fake_runs import FakeStore, make_config, write_dataset
 from torch import nn
 
 from neuromamba.checkpoint import load_model_info, seen_subjects
-from neuromamba.config import Config
+from neuromamba.config import Config, NeuroMamba
 from neuromamba.files import InputError
 from neuromamba.finetune import make_task, predict_subjects, read_labels, run_finetune
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.layout import Layout
+from neuromamba.models import build_model
 from neuromamba.pretrain import run_pretrain
 from neuromamba.tables import read_table, write_table
 
@@ -119,6 +120,15 @@ def test_features_are_standardized_by_the_batches_given():
     torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
     assert model.training
+
+
+def test_learning_rates_follow_the_width_under_a_head_too():
+    settings = NeuroMamba(family="neuromamba", width=32, base_width=8, depth=1, state=4)
+    model = HeadedModel(build_model(settings, 16), NumberHead(0.0, 1.0), 0.0, frozen=False)
+    scales = model.learning_rate_scales()
+    assert set(scales.values()) == {0.25}
+    assert set(scales) <= {name for name, _ in model.named_parameters()}
+    assert "backbone.blocks.0.mixer.in_proj.weight" in scales
 
 
 def test_a_full_model_gets_gradients_everywhere():
