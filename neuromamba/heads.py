@@ -143,7 +143,7 @@ class HeadedModel(nn.Module):
 
     def learning_rate_scales(self) -> dict[str, float]:
         """Those of the backbone, by the names of its parameters here."""
-        scales = getattr(self.backbone, "learning_rate_scales", dict)()
+        scales: dict[str, float] = getattr(self.backbone, "learning_rate_scales", dict)()
         return {f"backbone.{name}": scale for name, scale in scales.items()}
 
     def train(self, mode: bool = True) -> HeadedModel:

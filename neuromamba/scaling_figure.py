@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -65,7 +66,8 @@ def draw_scaling(
                 markeredgecolor="black" if point["frontier"] else "white",
                 markersize=7,
             )
-        _set_axes(axis, points)
+        laws = [fit.law(fit.flops) for fit in (best, every) if fit]
+        _set_axes(axis, points, np.concatenate([points["low"], points["high"], *laws]))
         counts = sizes.set_index("model")["parameters"]
         labels = {f"{name}, {_short(counts[name])}": colours[name] for name in counts.index}
         _legend(figure, labels, marks, best, every)
@@ -88,7 +90,8 @@ def _draw_fits(axis: Axes, best: Fit | None, every: Fit | None, confidence: floa
         axis.plot(grid, best.law(grid), color="black", linewidth=1.4)
 
 
-def _set_axes(axis: Axes, points: pd.DataFrame) -> None:
+def _set_axes(axis: Axes, points: pd.DataFrame, shown: npt.NDArray[np.float64]) -> None:
+    """Scales, limits and labels, so that the losses `shown` are in view."""
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set(
@@ -96,7 +99,7 @@ def _set_axes(axis: Axes, points: pd.DataFrame) -> None:
         ylabel="validation loss",
     )
     # The start of a training is far above where trainings end, and would press that together.
-    low, high = points["low"].min(), points["high"].max()
+    low, high = float(shown.min()), float(shown.max())
     room = 0.08 * (high / low - 1) + 0.002
     axis.set_ylim(low * (1 - room), high * (1 + 2.5 * room))
     axis.set_xlim(points["flops"].min() / 1.6, points["flops"].max() * 1.6)

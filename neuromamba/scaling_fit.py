@@ -270,7 +270,7 @@ def _doubts(fit: Fit) -> list[str]:
         )
     if not fit.r_squared >= MIN_R_SQUARED:
         doubts.append(
-            f"the law explains {fit.r_squared:.2f} of the variance of log loss on the frontier, "
+            f"the law explains {fit.r_squared:.3f} of the variance of log loss on the frontier, "
             f"and {MIN_R_SQUARED:g} is asked for"
         )
     if not 0 < fit.high <= MAX_RATIO * fit.low:

@@ -147,8 +147,9 @@ def test_keeps_its_inputs_and_one_state_a_group_for_the_backward_pass() -> None:
     assert sum(kept) < 1.05 * sum(v.numel() for v in inputs)
 
 
-def test_half_precision_is_computed_in_float32() -> None:
-    x, dt, A, B, C, D = (v.detach().float() for v in scan_inputs(100))
+def test_bfloat16_costs_its_own_rounding_only() -> None:
+    """Products are added up, and states carried, in float32: errors do not grow with length."""
+    x, dt, A, B, C, D = (v.detach().float() for v in scan_inputs(2000))
     half = [x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D]
     for value in half:
         value.requires_grad_()
@@ -158,7 +159,7 @@ def test_half_precision_is_computed_in_float32() -> None:
         found = output_and_gradients(ssd_chunked, half)
     assert [found[name].dtype for name in NAMES] == [v.dtype for v in half]
     errors = relative_errors(found, {k: v.double() for k, v in expected.items()})
-    assert max(errors.values()) < 2**-8, errors
+    assert max(errors.values()) < 3 * 2**-8, errors
 
 
 # --- Row-wise chains ----------------------------------------------------------------------------

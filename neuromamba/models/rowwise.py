@@ -114,8 +114,7 @@ class _CausalConvSilu(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for rows in _row_blocks(x):
-                ids = _ids_near(seq_idx, rows, weight.shape[1])
-                y[:, rows] = F.silu(_conv_rows(x, weight, bias, rows, ids))
+                y[:, rows] = F.silu(_Rows(x, weight, seq_idx, rows).convolve(bias))
         return y
 
     @staticmethod
@@ -126,18 +125,65 @@ class _CausalConvSilu(torch.autograd.Function):
         dx = torch.zeros(x.shape, dtype=dtype, device=x.device)
         dtaps = torch.zeros(weight.T.shape, dtype=dtype, device=x.device)
         dbias = torch.zeros(bias.shape, dtype=dtype, device=x.device)
-        taps = weight.T.to(dtype).contiguous()
         with torch.autocast(x.device.type, enabled=False):
             for rows in _row_blocks(x):
-                ids = _ids_near(ctx.seq_idx, rows, len(taps))
-                before_silu = _conv_rows(x, weight, bias, rows, ids)
+                block = _Rows(x, weight, ctx.seq_idx, rows)
+                before_silu = block.convolve(bias)
                 d = torch.ops.aten.silu_backward(dy[:, rows].to(dtype), before_silu)
                 dbias += d.sum((0, 1))
-                for tap, here, there in _shifts(rows, len(taps)):
-                    d_tap = _where_same(d[:, here], ids, rows, here, there)
-                    dx[:, there].addcmul_(d_tap, taps[tap])
-                    dtaps[tap] += (d_tap * x[:, there].to(dtype)).sum((0, 1))
+                dx_near = dx[:, block.near]
+                for tap, here, there in block.shifts():
+                    d_tap = block.where_same(d[:, here], here, there)
+                    dx_near[:, there].addcmul_(d_tap, block.taps[tap])
+                    dtaps[tap] += (d_tap * block.x[:, there]).sum((0, 1))
         return dx.to(x.dtype), dtaps.T.to(weight.dtype), dbias.to(bias.dtype), None
+
+
+class _Rows:
+    """A block of rows of the convolution, with the rows before it that its taps reach.
+
+    Attributes
+    ----------
+    near : slice
+        Which rows of the whole these are.
+    x : Tensor, (batch, rows of `near`, channels)
+        Their inputs, converted once.
+    taps : Tensor, (taps, channels)
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, seq_idx: Tensor | None, rows: slice) -> None:
+        dtype = _compute_dtype(x)
+        self.taps = weight.T.to(dtype).contiguous()
+        self.near = slice(max(0, rows.start - len(self.taps) + 1), rows.stop)
+        self.x = x[:, self.near].to(dtype)
+        self.first = rows.start - self.near.start
+        self.ids = None if seq_idx is None else seq_idx[:, self.near]
+        if self.ids is not None and bool((self.ids == self.ids[:, :1]).all()):
+            self.ids = None  # one sequence here, as in most blocks
+
+    def convolve(self, bias: Tensor) -> Tensor:
+        batch, n_near, channels = self.x.shape
+        y = bias.to(self.x.dtype).expand(batch, n_near - self.first, channels).clone()
+        for tap, here, there in self.shifts():
+            y[:, here].addcmul_(self.where_same(self.x[:, there], here, there), self.taps[tap])
+        return y
+
+    def shifts(self) -> Iterator[tuple[int, slice, slice]]:
+        """For each tap: the block's rows that have a row under it, and where in `near` they lie."""
+        n_near = self.x.shape[1]
+        for tap in reversed(range(len(self.taps))):
+            shift = len(self.taps) - 1 - tap
+            start = max(self.first, shift)
+            if start < n_near:
+                here = slice(start - self.first, n_near - self.first)
+                yield tap, here, slice(start - shift, n_near - shift)
+
+    def where_same(self, values: Tensor, here: slice, there: slice) -> Tensor:
+        """`values`, with 0 where the row and the one under its tap are of different sequences."""
+        if self.ids is None:
+            return values
+        now = slice(here.start + self.first, here.stop + self.first)
+        return values * (self.ids[:, now] == self.ids[:, there])[..., None]
 
 
 class _GatedRmsNorm(torch.autograd.Function):
@@ -185,43 +231,6 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
     size = max(1, CACHE_ELEMENTS // (x.shape[0] * x.shape[2]))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
-
-
-def _shifts(rows: slice, taps: int) -> Iterator[tuple[int, slice, slice]]:
-    """For each tap: which rows of the block have a step under it, and where those steps are."""
-    for tap in reversed(range(taps)):
-        shift = taps - 1 - tap
-        first = max(rows.start, shift)
-        if first < rows.stop:
-            here = slice(first - rows.start, rows.stop - rows.start)
-            yield tap, here, slice(first - shift, rows.stop - shift)
-
-
-def _ids_near(seq_idx: Tensor | None, rows: slice, taps: int) -> Tensor | None:
-    """`seq_idx`, or `None` where all that a block's taps reach belongs to one sequence."""
-    if seq_idx is None:
-        return None
-    near = seq_idx[:, max(0, rows.start - taps + 1) : rows.stop]
-    return None if bool((near == near[:, :1]).all()) else seq_idx
-
-
-def _where_same(
-    values: Tensor, ids: Tensor | None, rows: slice, here: slice, there: slice
-) -> Tensor:
-    """`values`, with 0 where the step and the one under its tap are of different sequences."""
-    if ids is None:
-        return values
-    now = slice(rows.start + here.start, rows.start + here.stop)
-    return values * (ids[:, now] == ids[:, there])[..., None]
-
-
-def _conv_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: slice, ids: Tensor | None) -> Tensor:
-    dtype = _compute_dtype(x)
-    taps = weight.T.to(dtype).contiguous()
-    y = bias.to(dtype).expand(x.shape[0], rows.stop - rows.start, -1).clone()
-    for tap, here, there in _shifts(rows, len(taps)):
-        y[:, here].addcmul_(_where_same(x[:, there].to(dtype), ids, rows, here, there), taps[tap])
-    return y
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:

@@ -91,7 +91,8 @@ def ssd_chunked(
     """Run the recurrence in chunks; the same numbers as `ssd_recurrence`.
 
     Half-precision inputs are kept as they are between the passes and computed with in float32,
-    also under autocast; float64 stays float64.
+    also under autocast, but for the factors of matrix products, which stay bfloat16 where `x` is;
+    float64 stays float64.
 
     Parameters
     ----------

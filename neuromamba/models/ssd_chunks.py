@@ -72,6 +72,15 @@ class _Group(NamedTuple):
     states_BEHNP: Tensor  # at each chunk's entry, and after the last chunk
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What the factors of matrix products are rounded to: bfloat16 where the inputs are.
+
+    As in the reference's kernels; a product is added up in float32 either way. Everything else,
+    decays, states and their gradients among it, is at least float32.
+    """
+    return x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
+
+
 def _decays(logs: Tensor) -> Tensor:
     """exp of the sums of `logs` over (j, i]: (..., n) -> (..., n, n), lower triangular."""
     # In float64, or a gentle decay after a brutal one would drown in the running sum's rounding.
@@ -82,24 +91,25 @@ def _decays(logs: Tensor) -> Tensor:
 
 
 def _prepare(inputs: Inputs, entry_BHNP: Tensor) -> _Group:
-    dtype = entry_BHNP.dtype
+    dtype, product = entry_BHNP.dtype, product_dtype(inputs.x)
     x_BKHQP = inputs.x.to(dtype).transpose(2, 3).contiguous()
     dt_BKHQ = inputs.dt.to(dtype).transpose(2, 3).contiguous()
-    B_BKQN, C_BKQN = inputs.B.to(dtype), inputs.C.to(dtype)
-    u_BKHQP = x_BKHQP * dt_BKHQ[..., None]
+    B_BKQN, C_BKQN = inputs.B.to(product), inputs.C.to(product)
+    u_BKHQP = (x_BKHQP * dt_BKHQ[..., None]).to(product)
     logs_BKHQ = dt_BKHQ * inputs.A.to(dtype)[:, None]
     if inputs.starts is not None:
         logs_BKHQ = logs_BKHQ.masked_fill(inputs.starts[:, :, None], RESET)
     L_BKHQQ = _decays(logs_BKHQ)
-    M_BKHQQ = L_BKHQQ * (C_BKQN @ B_BKQN.mT)[:, :, None]
+    M_BKHQQ = (L_BKHQQ * (C_BKQN @ B_BKQN.mT)[:, :, None]).to(product)
     from_entry_BKHQ = logs_BKHQ.cumsum(-1).exp_()
     to_end_BKHQ = L_BKHQQ[..., -1, :]
-    C_in_BKHQN = C_BKQN[:, :, None] * from_entry_BKHQ[..., None]
-    B_out_BKHQN = B_BKQN[:, :, None] * to_end_BKHQ[..., None]
+    C_in_BKHQN = (C_BKQN[:, :, None] * from_entry_BKHQ[..., None]).to(product)
+    B_out_BKHQN = (B_BKQN[:, :, None] * to_end_BKHQ[..., None]).to(product)
     total_BHK = logs_BKHQ.sum(-1).transpose(1, 2)
     across_BHEE = _decays(F.pad(total_BHK, (1, 0)))
     carry_BHE, passing_BHEK = across_BHEE[..., 0], across_BHEE[..., 1:]
-    states_BEHNP = torch.einsum("bhek,bkhnp->behnp", passing_BHEK, B_out_BKHQN.mT @ u_BKHQP)
+    added_BKHNP = (B_out_BKHQN.mT @ u_BKHQP).to(dtype)
+    states_BEHNP = torch.einsum("bhek,bkhnp->behnp", passing_BHEK, added_BKHNP)
     states_BEHNP += torch.einsum("bhe,bhnp->behnp", carry_BHE, entry_BHNP)
     return _Group(
         x_BKHQP=x_BKHQP,
@@ -123,8 +133,8 @@ def _prepare(inputs: Inputs, entry_BHNP: Tensor) -> _Group:
 def forward_group(inputs: Inputs, entry_BHNP: Tensor) -> tuple[Tensor, Tensor]:
     """The group's output, in chunks as `inputs` is, and the state after it."""
     g = _prepare(inputs, entry_BHNP)
-    y_BKHQP = g.M_BKHQQ @ g.u_BKHQP
-    y_BKHQP += g.C_in_BKHQN @ g.states_BEHNP[:, :-1]
+    y_BKHQP = (g.M_BKHQQ @ g.u_BKHQP).to(entry_BHNP.dtype)
+    y_BKHQP += g.C_in_BKHQN @ g.states_BEHNP[:, :-1].to(g.u_BKHQP.dtype)
     y_BKHQP += g.x_BKHQP * inputs.D.to(y_BKHQP.dtype)[:, None, None]
     return y_BKHQP.transpose(2, 3), g.states_BEHNP[:, -1]
 
@@ -138,22 +148,24 @@ def backward_group(
     """
     g = _prepare(inputs, entry_BHNP)
     dtype = entry_BHNP.dtype
-    dy_BKHQP = dy.to(dtype).transpose(2, 3).contiguous()
+    product = product_dtype(inputs.x)
+    dy_BKHQP = dy.to(product).transpose(2, 3).contiguous()
 
     # States, last to first: each gets what its own chunk reads and what later states inherit.
-    dread_BEHNP = torch.cat([g.C_in_BKHQN.mT @ dy_BKHQP, dexit_BHNP[:, None]], dim=1)
+    dread_BKHNP = (g.C_in_BKHQN.mT @ dy_BKHQP).to(dtype)
+    dread_BEHNP = torch.cat([dread_BKHNP, dexit_BHNP[:, None]], dim=1)
     dend_BKHNP = torch.einsum("bhek,behnp->bkhnp", g.passing_BHEK, dread_BEHNP)
     dentry_BHNP = torch.einsum("bhe,behnp->bhnp", g.carry_BHE, dread_BEHNP)
 
     dM_BKHQQ = dy_BKHQP @ g.u_BKHQP.mT
-    dC_in_BKHQN = dy_BKHQP @ g.states_BEHNP[:, :-1].mT
-    dB_out_BKHQN = g.u_BKHQP @ dend_BKHNP.mT
-    du_BKHQP = g.M_BKHQQ.mT @ dy_BKHQP
-    du_BKHQP += g.B_out_BKHQN @ dend_BKHNP
-    dCB_BKQQ = (dM_BKHQQ * g.L_BKHQQ).sum(2)
-    dC_BKQN = dCB_BKQQ @ g.B_BKQN
+    dC_in_BKHQN = dy_BKHQP @ g.states_BEHNP[:, :-1].mT.to(product)
+    dB_out_BKHQN = g.u_BKHQP @ dend_BKHNP.mT.to(product)
+    du_BKHQP = (g.M_BKHQQ.mT @ dy_BKHQP).to(dtype)
+    du_BKHQP += g.B_out_BKHQN @ dend_BKHNP.to(product)
+    dCB_BKQQ = (dM_BKHQQ * g.L_BKHQQ).sum(2).to(product)
+    dC_BKQN = (dCB_BKQQ @ g.B_BKQN).to(dtype)
     dC_BKQN += (dC_in_BKHQN * g.from_entry_BKHQ[..., None]).sum(2)
-    dB_BKQN = dCB_BKQQ.mT @ g.C_BKQN
+    dB_BKQN = (dCB_BKQQ.mT @ g.C_BKQN).to(dtype)
     dB_BKQN += (dB_out_BKHQN * g.to_end_BKHQ[..., None]).sum(2)
 
     dlogs_BKHQ = _decay_gradient(g, dM_BKHQQ, dC_in_BKHQN, dB_out_BKHQN, dend_BKHNP)
@@ -184,9 +196,10 @@ def _decay_gradient(
     steps = g.M_BKHQQ.shape[-1]
     ones = torch.ones(steps, steps, dtype=dM_BKHQQ.dtype, device=dM_BKHQQ.device)
     paths_BKHQQ = dM_BKHQQ * g.M_BKHQQ
-    step_to_step = (paths_BKHQQ @ ones.triu(1)).mul_(ones.tril()).sum(-2)
-    entry_to_step = (dC_in_BKHQN * g.C_in_BKHQN).sum(-1)
+    step_to_step = (paths_BKHQQ @ ones.triu(1)).mul_(ones.tril()).sum(-2, dtype=g.L_BKHQQ.dtype)
+    entry_to_step = (dC_in_BKHQN * g.C_in_BKHQN).sum(-1, dtype=g.L_BKHQQ.dtype)
     entry_to_step = entry_to_step.flip(-1).cumsum(-1).flip(-1)
-    step_to_end = F.pad((dB_out_BKHQN * g.B_out_BKHQN).sum(-1), (1, -1))
+    step_to_end = (dB_out_BKHQN * g.B_out_BKHQN).sum(-1, dtype=g.L_BKHQQ.dtype)
+    step_to_end = F.pad(step_to_end, (1, -1))
     entry_to_end = (dend_BKHNP * g.states_BEHNP[:, :-1]).sum((-1, -2)) * g.total_BKH
     return step_to_step + entry_to_step + step_to_end.cumsum(-1) + entry_to_end[..., None]
