@@ -21,19 +21,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data_layer_common import SHAPE, WINDOW, median_ms, peak_mb, write_inputs
+from common import RESULTS, machine, median_ms, peak_mb, write_results
+from data_layer_common import SHAPE, WINDOW, write_inputs
 from data_layer_rivals import SCRIPTS, run_script, time_other_windows
 
 SHARD = 48
@@ -176,24 +173,12 @@ def compare_values(folder: Path, n: int, script: dict[str, float]) -> dict[str, 
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("numpy", "scipy", "zarr", "isal", "nibabel", "nilearn", "torch", "neuromamba")
-    return {
-        "date": date.today().isoformat(),
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+PACKAGES = ("numpy", "scipy", "zarr", "isal", "nibabel", "nilearn", "torch", "neuromamba")
 
 
 def measure(folder: Path, n: int, few: int, background: str, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "machine": machine(),
+        "machine": machine(*PACKAGES),
         "background": background,
         "volumes": n,
         "volumes_of_the_script": few,
@@ -278,7 +263,7 @@ def main() -> None:
     parser.add_argument("--script-volumes", type=int, default=60, help="for the slow alternative")
     parser.add_argument("--background", choices=["zero", "noise"], default="zero")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--side", choices=["ours", *SCRIPTS], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -299,12 +284,8 @@ def main() -> None:
         )
     text = table(result)
     print(text)
-    host = result["machine"]["processor"].replace(" ", "-").replace("/", "-")
-    name = f"data_layer_{result['machine']['date']}_{host}_{arguments.background}-background"
-    stem = arguments.results / name
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=2) + "\n")
-    stem.with_name(stem.name + ".md").write_text(text + "\n")
+    background = f"{arguments.background}-background"
+    write_results(arguments.results, "data_layer", result, text, background)
 
 
 if __name__ == "__main__":

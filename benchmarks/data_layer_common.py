@@ -1,10 +1,7 @@
-"""What both sides of the data layer's benchmark share: the scan, a clock, and a scale."""
+"""What both sides of the data layer's benchmark share: the scan and its scale."""
 
 from __future__ import annotations
 
-import resource
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +59,3 @@ def write_inputs(folder: Path, counts: list[int], background: str, seed: int) ->
                 stream.write(volume)
     for stream in streams.values():
         stream.close()
-
-
-def peak_mb() -> float:
-    """Peak resident memory of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # ru_maxrss would start at the parent's size.
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def median_ms(function: Callable[[int], Any], arguments: list[int]) -> float:
-    function(arguments[0])
-    times = []
-    for argument in arguments:
-        start = time.perf_counter()
-        function(argument)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)) * 1e3

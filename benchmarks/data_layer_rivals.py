@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from data_layer_common import WINDOW, median_ms, peak_mb, source_affine
+from common import median_ms, peak_mb
+from data_layer_common import WINDOW, source_affine
 
 SCRIPTS = {
     "script": ("float32", True),

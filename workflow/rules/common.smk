@@ -36,6 +36,10 @@ MODEL = f"{ROOT}/{{model}}/seed-{{seed}}"
 RUN = f"--config {ROOT}/config.yaml --dataset {{dataset}}"
 TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
 BATCHES = range(CONFIG.compute.batches)
+# What a training prints goes to the screen and to its log. All processes of a cluster's job are told
+# to stop, and only the training needs time for it: with `exec` before it, it takes the place of the
+# shell, for whose end Snakemake waits, and the `tee` that it writes to stays as long as it does.
+LOGGED = " > >(trap '' INT TERM USR1; exec tee {log}) 2>&1"
 
 
 wildcard_constraints:
@@ -76,6 +80,12 @@ def of_model(*keys, drop=()):
 def existing(path):
     """The path, if it is set and exists; a missing one is reported by the stage, with the cure."""
     return [path] if path and Path(path).exists() else []
+
+
+def starting_weights(model):
+    """The record of the weights that a model's pretraining starts from, if it names some."""
+    folder = CONFIG.models[model].pretrain.init_from
+    return existing(folder and f"{folder}/model.json")
 
 
 def participants_file(dataset):

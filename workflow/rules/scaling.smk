@@ -51,7 +51,8 @@ rule pretrain_cell:
         members=lambda wildcards: CONFIG.members(wildcards.dataset),
         steps=CONFIG.scaling.steps,
     shell:
-        "neuromamba pretrain {params.run} --fraction {wildcards.fraction} --on-change restart 2>&1 | tee {log}"
+        "exec neuromamba pretrain {params.run} --fraction {wildcards.fraction} --on-change restart"
+        + LOGGED
 
 
 rule fit_scaling:

@@ -7,6 +7,7 @@ rule pretrain_model:
     input:
         split=of_members(rules.split_dataset.output.split),
         tokens=of_members(all_batches("tokens")),
+        start=lambda wildcards: starting_weights(wildcards.model),
     output:
         f"{MODEL}/pretrain/model.json",
     log:
@@ -19,7 +20,7 @@ rule pretrain_model:
         model=of_model(drop=["finetune"]),
         members=lambda wildcards: CONFIG.members(wildcards.dataset),
     shell:
-        "neuromamba pretrain {params.run} --on-change restart 2>&1 | tee {log}"
+        "exec neuromamba pretrain {params.run} --on-change restart" + LOGGED
 
 
 rule finetune_model:
@@ -41,7 +42,8 @@ rule finetune_model:
         .targets[wildcards.target]
         .model_dump(mode="json"),
     shell:
-        "neuromamba finetune {params.run} --target {wildcards.target} --on-change restart 2>&1 | tee {log}"
+        "exec neuromamba finetune {params.run} --target {wildcards.target} --on-change restart"
+        + LOGGED
 
 
 rule evaluate_model:
