@@ -20,7 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 TRY_AGAIN = os.EX_TEMPFAIL
 """Exit status (75) of a training that was told to stop: the same command goes on with it."""
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-"""What a cluster sends before it takes the node away: by itself, or as `--signal=USR1@60` asks."""
+"""What a cluster sends before it takes the node away, by itself or on request."""
 
 
 def choose_device(name: str) -> torch.device:
