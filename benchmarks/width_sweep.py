@@ -121,8 +121,8 @@ def table(kind: str, options: argparse.Namespace, losses: dict[str, dict[str, fl
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {"machine": machine(*PACKAGES), "options": vars(options).copy()}
-    result["options"]["output"] = str(options.output)
+    told = {name: value for name, value in vars(options).items() if name != "output"}
+    result: dict[str, Any] = {"machine": machine(*PACKAGES), "options": told}
     losses: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder, base = Path(name), min(options.widths)
