@@ -220,4 +220,5 @@ def test_without_its_library_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatc
 def test_the_hubs_library_takes_what_it_is_given() -> None:
     library = pytest.importorskip("huggingface_hub", reason="the hub extra is not installed")
     signature = inspect.signature(library.snapshot_download)
-    signature.bind("lab/tiny", revision=None, allow_patterns=["config.json"])
+    given = signature.bind("lab/tiny", revision=None, allow_patterns=["config.json"])
+    assert given.arguments["repo_id"] == "lab/tiny"
