@@ -5,8 +5,10 @@ CORES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
+# Extras of pyproject.toml, in brackets, that `make install` adds to the package.
+EXTRAS =
 
-.PHONY: help demo test test-fast test-kernels gpu lint format clean
+.PHONY: help demo test test-fast test-kernels gpu lint format clean install kernels
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -21,7 +23,7 @@ data/demo/participants.tsv: | $(INSTALLED)
 	$(BIN)/neuromamba demo-data data/demo
 
 test: lint ## all tests, the linters and the type checker
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile
 
 test-fast: $(INSTALLED) ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
@@ -38,6 +40,7 @@ lint: $(INSTALLED) ## style, types, import layers and workflow format
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@# The hooks are the same checks; this shows that they work. They need a git checkout.
@@ -54,12 +57,19 @@ clean: ## remove the demo's data and all results, not the environment
 $(INSTALLED): pyproject.toml envs/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --constraint envs/constraints.txt --editable '.[workflow,dev]'
+	$(MAKE) install PYTHON=$(BIN)/python EXTRAS='[workflow,dev]'
 	@touch $@
 
-# Without nvcc and without mamba-ssm's own CUDA extension, which serves Mamba-1 alone.
 $(KERNELS): $(INSTALLED)
-	$(BIN)/python -m pip install --constraint envs/constraints.txt einops ninja packaging setuptools triton wheel
-	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip install \
-		--no-build-isolation --no-deps --constraint envs/constraints.txt mamba-ssm
+	$(MAKE) kernels PYTHON=$(BIN)/python
 	@touch $@
+
+# Containers and conda environments are filled by these two, which take the Python that PYTHON names.
+install: ## the package alone, into the Python that is active; containers do this
+	$(PYTHON) -m pip install --constraint envs/constraints.txt --editable '.$(EXTRAS)'
+
+# Without nvcc and without mamba-ssm's own CUDA extension, which serves Mamba-1 alone.
+kernels: ## mamba-ssm's kernels beside it
+	$(PYTHON) -m pip install --constraint envs/constraints.txt einops ninja packaging setuptools triton wheel
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PYTHON) -m pip install \
+		--no-build-isolation --no-deps --constraint envs/constraints.txt mamba-ssm

@@ -82,6 +82,46 @@ def loads(sides: Mapping[str, Mapping[str, Any]]) -> str:
     return f"load {min(every):.1f} to {max(every):.1f}" if every else "load unknown"
 
 
+def run_command(
+    command: Sequence[str | Path], log: Path, cwd: Path | None = None
+) -> dict[str, float]:
+    """Run a command with one thread for the numerical libraries; its output goes to `log`.
+
+    Wall and processor seconds (of its children too), and peak memory of its own process. What
+    `wait4` tells of memory would start at this process's size, so it is looked up while it runs.
+    """
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    peak = 0.0
+    with log.open("wb") as stream:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=cwd, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **limits}
+        )
+        while True:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            peak = max(peak, _peak_of(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}:\n{log.read_text()[-4000:]}")
+    return {
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": peak,
+        "load": os.getloadavg()[0],
+    }
+
+
+def _peak_of(process: int) -> float:
+    """Peak resident memory of another process so far; 0 once it has ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    sizes = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(sizes[0]) / 1024 if sizes else 0.0
+
+
 # --- Other people's code --------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ def run_ours(folder: Path, n: int) -> dict[str, float]:
     bold, mask = folder / f"bold-{n}.nii.gz", folder / "mask.nii.gz"
     volumes, tokens = folder / f"volumes-{n}.zarr", folder / f"tokens-{n}.zarr"
     start, start_cpu = time.perf_counter(), time.process_time()
-    make_volumes(Source("run", "sub", bold, mask, "MNI", 2.0), volumes, Volumes(), 2)
+    make_volumes(Source("run", "sub", bold, mask, "MNI", 2.0, ""), volumes, Volumes(), 2)
     middle, middle_cpu = time.perf_counter(), time.process_time()
     peak = peak_mb()
     make_tokens(volumes, tokens, Tokens(), SHARD)

@@ -169,7 +169,7 @@ def sweep(folder: Path, kills: int, seed: int) -> tuple[Outcome, float]:
             shutil.rmtree(trained)
         else:
             outcome.kills += 1
-            outcome.while_saving += any((trained / "checkpoints").glob(".tmp-*"))
+            outcome.while_saving += any(trained.glob(".tmp-owner-*/*-step-*"))
         print(f"\r{asdict(outcome)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return outcome, seconds

@@ -32,6 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from neuromamba.config import Config, Model, Tokens
+from neuromamba.contents import CONTENT_COLUMNS
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.stage import refuse_if_too_many_excluded
@@ -278,10 +279,12 @@ class Windows:
 
 def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:
     """The runs of `subjects` that have tokens: the manifests' rows with a column `subject`."""
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype=str)[["run", "subject"]]
     manifests = [layout.manifest("tokens", batch) for batch in range(config.compute.batches)]
     table = pd.concat([read_table(path, dtype=str) for path in manifests])
+    # A key tells what a store was made from; its bytes also tell where its source lay.
+    table = table.drop(columns=list(CONTENT_COLUMNS), errors="ignore")
     table = table[table["reason"].isna()].merge(index, on="run")
     return table[table["subject"].isin(set(subjects))].sort_values(["subject", "run"])
 

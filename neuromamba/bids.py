@@ -7,12 +7,10 @@ cannot be used stands in its row's `reason`; the image data itself is checked wh
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,13 @@ import nibabel as nib
 import pandas as pd
 from tqdm import tqdm
 
-from neuromamba.bids_scan import FoundRun, entities_of, find_runs
+from neuromamba.bids_scan import FoundRun, entities_of, subject_name
 from neuromamba.config import Config, Dataset
 from neuromamba.files import InputError, read_json
 from neuromamba.layout import Layout
-from neuromamba.participants import read_participants, subject_name
-from neuromamba.stage import refuse_if_too_many_excluded
+from neuromamba.listing import READERS, fingerprint, group_runs
+from neuromamba.stage import batch_of, refuse_if_too_many_excluded
 from neuromamba.tables import write_table
-
-__all__ = ["INDEX_COLUMNS", "index_runs", "read_participants", "run_index"]
 
 INDEX_COLUMNS = [
     "run",
@@ -38,30 +34,32 @@ INDEX_COLUMNS = [
     "bold",
     "mask",
     "confounds",
+    "fingerprint",
     "repetition_time",
     "n_volumes",
     "reason",
 ]
-READERS = 8
-"""Threads that read headers: on a network file system each read waits for the server."""
 HEADER_BYTES = 544
 LONGEST_REPETITION_TIME = 30.0
 SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 
 
-def run_index(config: Config, dataset_name: str) -> None:
-    """Write `index.tsv` of one dataset, after a check of its participants table.
+def run_index(config: Config, dataset: str) -> list[str]:
+    """Write `index.tsv` of one dataset, and beside it the part of it that each batch works on.
 
-    The table is read here although only later stages use it: a label column that is missing
-    should be known before hours of work, not after.
+    Returns
+    -------
+    list of str
+        The subjects.
     """
-    dataset = config.datasets[dataset_name]
-    participants = read_participants(dataset)
-    table = index_runs(dataset)
+    layout, batches = Layout.of(config, dataset), config.compute.batches
+    table = index_runs(config.datasets[dataset])
     refuse_if_too_many_excluded("index", table, config.compute.max_excluded)
-    if dataset.participants is not None:
-        _compare_subjects(table, participants, dataset.participants.file)
-    write_table(Layout(Path(config.results), dataset_name).index, table)
+    batch = table["subject"].map(lambda subject: batch_of(subject, batches))
+    for k in range(batches):
+        write_table(layout.manifest("index", k), table[batch == k])
+    write_table(layout.index, table)
+    return [str(subject) for subject in table["subject"].unique()]
 
 
 def index_runs(dataset: Dataset) -> pd.DataFrame:
@@ -71,8 +69,9 @@ def index_runs(dataset: Dataset) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Sorted by run, with the columns `INDEX_COLUMNS`: the run's name (its BIDS entities), the
-        subject (`sub-01`), labels of session and task, paths, the repetition time in seconds,
-        the number of volumes, and the reason why the run cannot be used (missing if it can).
+        subject (`sub-01`), labels of session and task, paths, a fingerprint of the files, the
+        repetition time in seconds, the number of volumes, and the reason why the run cannot be
+        used (missing if it can).
 
     Raises
     ------
@@ -80,38 +79,13 @@ def index_runs(dataset: Dataset) -> pd.DataFrame:
         When the folder does not exist or has no such runs, or `exclude` leaves none.
     """
     _bold_sidecars.cache_clear()
-    runs = _without_excluded(find_runs(dataset), dataset)
-    groups = [list(group) for _, group in groupby(runs, key=lambda run: run.name)]
+    groups = group_runs(dataset)
     with ThreadPoolExecutor(READERS) as pool:
         rows = pool.map(lambda group: _row(group, dataset), groups)
         shown = tqdm(rows, total=len(groups), desc="index", unit="run", mininterval=1.0)
         table = pd.DataFrame(list(shown), columns=INDEX_COLUMNS)
     text = {column: "string" for column in INDEX_COLUMNS}
     return table.astype({**text, "repetition_time": "Float64", "n_volumes": "Int64"})
-
-
-def _without_excluded(runs: list[FoundRun], dataset: Dataset) -> list[FoundRun]:
-    """Leave out what `exclude` names: a subject, a subject's session, or a run."""
-    stems = {
-        entry: entry if entry.startswith("sub-") else subject_name(entry)
-        for entry in dataset.exclude
-    }
-    kept = [run for run in runs if not any(_is_part(run.name, stem) for stem in stems.values())]
-    useless = [
-        entry for entry, stem in stems.items() if not any(_is_part(run.name, stem) for run in runs)
-    ]
-    if useless:
-        warnings.warn(
-            f"{dataset.derivatives}: exclude names {', '.join(useless)}, which no run belongs to",
-            stacklevel=3,
-        )
-    if not kept:
-        raise InputError(f"{dataset.derivatives}: exclude in the dataset YAML leaves no run")
-    return kept
-
-
-def _is_part(run: str, stem: str) -> bool:
-    return run == stem or run.startswith(f"{stem}_")
 
 
 def _row(group: list[FoundRun], dataset: Dataset) -> dict[str, Any]:
@@ -124,6 +98,7 @@ def _row(group: list[FoundRun], dataset: Dataset) -> dict[str, Any]:
         "bold": run.bold,
         "mask": run.mask if run.has_mask else None,
         "confounds": run.confounds,
+        "fingerprint": fingerprint(group),
     }
     try:
         _refuse_duplicates(group)
@@ -254,26 +229,3 @@ def _bold_sidecars(folder: str) -> list[tuple[str, frozenset[tuple[str, str]]]]:
         (f"{folder}/{name}", frozenset(entities_of(name.removesuffix("_bold.json")).items()))
         for name in names
     ]
-
-
-# --- Participants -------------------------------------------------------------------------------
-
-
-def _compare_subjects(table: pd.DataFrame, participants: pd.DataFrame, file: str) -> None:
-    """Refuse a table that has none of the subjects; warn about those that have no row in it."""
-    on_disk = table["subject"].unique()
-    absent = [subject for subject in on_disk if subject not in participants.index]
-    if not absent:
-        return
-    some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-    if len(absent) == len(on_disk):
-        rows = ", ".join(participants.index[:5])
-        raise InputError(
-            f"{file} has a row for none of the {len(on_disk)} subjects that have runs ({some}); "
-            f"its subjects are {rows}, ...; make the labels agree (leading zeros?)"
-        )
-    warnings.warn(
-        f"{file} has no row for {len(absent)} of {len(on_disk)} subjects: {some}; they have no "
-        "site and no labels",
-        stacklevel=3,
-    )

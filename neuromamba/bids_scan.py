@@ -166,6 +166,11 @@ def _scan_func(folder: str, of_folder: dict[str, str]) -> Iterator[FoundRun]:
         )
 
 
+def subject_name(label: str) -> str:
+    """`sub-` and the letters and digits of `label`, which may or may not begin with `sub-`."""
+    return "sub-" + re.sub(r"[^A-Za-z0-9]", "", label.strip().removeprefix("sub-"))
+
+
 def entities_of(stem: str) -> dict[str, str]:
     """`sub-01_task-rest` as `{"sub": "01", "task": "rest"}`; other parts are left out."""
     return {

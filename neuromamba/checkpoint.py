@@ -5,21 +5,23 @@ Design choices
 - Weights and optimiser state are safetensors, all else is JSON: reading either runs no code.
 - A checkpoint is a new folder `step-N`, written under a temporary name and renamed; older ones go
   only after that. A killed job leaves whole checkpoints, and what it was writing is not read.
+- Only the process that owns the training's folder (`owned`) can put anything there or remove it.
 - It holds everything the rest of the training depends on: weights, best weights so far, optimiser
   state, the loop's counters and the metrics written so far. There is no state of a random number
   generator in it, because the loop seeds each step from (seed, step).
 - Its files are checked against their digests when it is read. One that is not whole (a full disk, a
   lost node) is passed over for the one before, which leads to the same bits, only later.
-- A finished model is `model.safetensors` and, written last, `model.json`, which holds the digest of
-  the weights: without a `model.json` that fits, there is no model.
+- A finished model is `model.safetensors` and, put there last, `model.json`, which holds the digest
+  of the weights: without a `model.json` that fits, there is no model.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
 import sys
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from neuromamba.files import InputError, atomic_path, digest_file, write_json, write_text
+from neuromamba.files import InputError, atomic_path, digest_file
+from neuromamba.owned import OwnedFolder
 from neuromamba.record import ChangedError, OnChange, differences, provenance, read_verified
-from neuromamba.runtime import telling_full_disk
 
 Tensors = dict[str, torch.Tensor]
 
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints, in that of the training."""
+
 _METRICS = "metrics.jsonl"
-_STEP, _LAST, _HIDDEN = "step-", "last", ".tmp-"
+_STEP, _LAST = "step-", "last"
 
 
 @dataclass(frozen=True)
@@ -63,42 +68,40 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: OwnedFolder,
     step: int,
     checkpoint: Checkpoint,
     record: Mapping[str, Any],
     keep: int = 1,
     spare: int | None = None,
-) -> Path:
-    """Write `folder/step-N`, point the link `folder/last` at it, and remove what is not needed.
+) -> None:
+    """Write `checkpoints/step-N`, point the link `checkpoints/last` at it, remove what must go.
 
     Parameters
     ----------
-    record
-        What the training depends on.
-    keep
-        How many of the newest checkpoints stay.
-    spare
-        The step of one more that stays.
+    folder, record
+        Of the training, and what it depends on.
+    keep, spare
+        How many of the newest checkpoints stay, and the step of one more that does.
     """
-    path = folder / f"{_STEP}{step:08d}"
-    with atomic_path(path) as temporary:
+    everyone = folder.path / CHECKPOINTS
+    path = everyone / f"{_STEP}{step:08d}"
+    with folder.writing(path) as temporary:
         temporary.mkdir()
         for name, tensors in checkpoint.tensors.items():
             _write_tensors(temporary / f"{name}.safetensors", tensors)
-        write_text(temporary / _METRICS, checkpoint.metrics)
+        (temporary / _METRICS).write_text(checkpoint.metrics, encoding="utf-8")
         digests = {file.name: digest_file(file) for file in sorted(temporary.iterdir())}
         facts = {**record, **provenance(), "state": checkpoint.state, "files": digests}
-        write_json(temporary / "state.json", facts)
-    _link(folder / _LAST, path.name)
-    steps = sorted(list_checkpoints(folder))
+        _write_json(temporary / "state.json", facts)
+    with folder.writing(everyone / _LAST) as link:
+        link.symlink_to(path.name)
+    steps = sorted(list_checkpoints(everyone))
     # Those of later steps belong to a course that was given up.
     needed = {*[n for n in steps if n <= step][-keep:], spare}
-    kept = {old.name for n, old in list_checkpoints(folder).items() if n in needed}
-    for old in [*folder.glob(f"{_HIDDEN}*"), *folder.glob(f"{_STEP}*")]:
-        if old.name not in kept:
-            _discard(old)
-    return path
+    for number, old in list_checkpoints(everyone).items():
+        if number not in needed:
+            folder.remove(old)
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
@@ -108,11 +111,12 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def load_checkpoint(
-    folder: Path, record: Mapping[str, Any], on_change: OnChange, upto: int | None = None
+    folder: OwnedFolder, record: Mapping[str, Any], on_change: OnChange, upto: int | None = None
 ) -> Checkpoint | None:
-    """Read the newest whole checkpoint in `folder` (`upto` a step); `None` where there is none.
+    """Read the newest whole checkpoint of a training (`upto` a step); `None` where there is none.
 
-    One that is not whole is passed over, and stderr told of it.
+    One that is not whole is passed over, and stderr told of it. Those of other settings or inputs
+    are removed where `on_change` is `restart`.
 
     Raises
     ------
@@ -120,7 +124,8 @@ def load_checkpoint(
         When there are checkpoints and none is whole, or when the newest whole one was made under
         other settings or inputs and `on_change` is `refuse`.
     """
-    found = [pair for pair in list_checkpoints(folder).items() if upto is None or pair[0] <= upto]
+    everyone = folder.path / CHECKPOINTS
+    found = [pair for pair in list_checkpoints(everyone).items() if upto is None or pair[0] <= upto]
     damage: list[str] = []
     for _, path in sorted(found, reverse=True):
         try:
@@ -129,7 +134,7 @@ def load_checkpoint(
             if changes and on_change == "refuse":
                 raise ChangedError(path, changes)
             if changes:
-                shutil.rmtree(folder)
+                folder.remove(everyone)
                 return None
             checkpoint = _read_checkpoint(path, facts)
         except ChangedError:
@@ -141,7 +146,7 @@ def load_checkpoint(
             tqdm.write(f"{line}; going on from the one before, {path.name}", file=sys.stderr)
         return checkpoint
     if damage:
-        cure = f"none is whole: remove {folder} to train from the start"
+        cure = f"none is whole: remove {everyone} to train from the start"
         raise InputError("\n".join([*damage, cure]))
     return None
 
@@ -152,42 +157,37 @@ def _read_checkpoint(path: Path, facts: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(tensors, facts["state"], (path / _METRICS).read_text(encoding="utf-8"))
 
 
-def _link(path: Path, target: str) -> None:
-    """Make `path` a relative link to its neighbour `target`, at once."""
-    temporary = path.with_name(f"{_HIDDEN}{path.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(path)
-
-
-def _discard(path: Path) -> None:
-    """Remove a folder or link; a process that dies half-way leaves nothing that is read."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.name.startswith(_HIDDEN):
-        shutil.rmtree(path)
-    else:
-        shutil.rmtree(path.rename(path.with_name(f"{_HIDDEN}{uuid.uuid4().hex[:8]}-{path.name}")))
-
-
 # --- Finished models ----------------------------------------------------------------------------
 
 
 def save_model(
-    folder: Path, weights: Tensors, info: Mapping[str, Any], last: Tensors | None = None
+    folder: Path,
+    weights: Tensors,
+    info: Mapping[str, Any],
+    last: Tensors | None = None,
+    writing: Callable[[Path], AbstractContextManager[Path]] = atomic_path,
 ) -> None:
     """Write `model.safetensors`, then `model.json` with `info`, versions and digests.
 
-    `last` are the weights after the last step, for `last.safetensors`.
+    Parameters
+    ----------
+    last
+        The weights after the last step, for `last.safetensors`.
+    writing
+        Gives a temporary path, which it renames: that of the folder's owner, where it has one.
     """
-    files = {}
-    for name, tensors in (("model", weights), ("last", last)):
-        if tensors is not None:
-            path = folder / f"{name}.safetensors"
-            with telling_full_disk(folder), atomic_path(path) as temporary:
-                _write_tensors(temporary, tensors)
-            files[path.name] = digest_file(path)
-    write_json(folder / "model.json", {**info, **provenance(), "files": files})
+    tensors = {"last.safetensors": last} if last is not None else {}
+    tensors |= {"model.safetensors": weights}
+    with ExitStack() as renames:
+        # All is written before anything is renamed; what was entered first is renamed last.
+        record = renames.enter_context(writing(folder / "model.json"))
+        files = {}
+        for name, value in tensors.items():
+            temporary = renames.enter_context(writing(folder / name))
+            _write_tensors(temporary, value)
+            files[name] = digest_file(temporary)
+        facts = {**info, **provenance(), "files": files}
+        _write_json(record, facts)
 
 
 def load_model_info(folder: Path) -> dict[str, Any]:
@@ -279,7 +279,16 @@ def seen_subjects(info: Mapping[str, Any], dataset: str) -> set[str]:
     return own | (seen_subjects(earlier, dataset) if earlier else set())
 
 
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    # Unlike `files.write_json` this makes no folder, least of all one that a successor has removed.
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def _write_tensors(path: Path, tensors: Tensors) -> None:
     # Cloned, because safetensors refuses tensors that share memory, such as tied weights.
     plain = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     safetensors.torch.save_file(plain, path)
+    # Files of safetensors can be read by their owner alone, whatever the user's umask says.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

@@ -86,7 +86,7 @@ class Evaluation:
 
 def collect_data(config: Config, dataset: str) -> Data:
     """Read the tables of one dataset."""
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     index = _table(layout.index, ["run", "subject", "reason"])
     batches = range(config.compute.batches)
     runs = index.loc[index["reason"].isna(), ["run", "subject"]]
@@ -109,10 +109,10 @@ def collect_data(config: Config, dataset: str) -> Data:
 
 def collect_trainings(config: Config, dataset: str, stage: str) -> Iterator[Training]:
     """The finished trainings of one stage, for every model and seed of the config."""
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     for model in config.models:
         for seed in config.seeds:
-            source = Layout(layout.results, config.pretrained_on(dataset, model))
+            source = Layout.of(config, config.pretrained_on(dataset, model))
             folder = source.pretrain(model, seed)
             if stage != "pretrain":
                 folder = layout.finetune(model, seed, stage)
@@ -124,7 +124,7 @@ def collect_trainings(config: Config, dataset: str, stage: str) -> Iterator[Trai
 
 def collect_evaluations(config: Config, dataset: str, target: str) -> Iterator[Evaluation]:
     """The evaluations of one target, for every model and seed of the config."""
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     for model in config.models:
         for seed in config.seeds:
             folder = layout.evaluate(model, seed, target)
@@ -158,7 +158,7 @@ def example_run(config: Config, data: Data) -> Example | None:
         return None
     order = data.runs.sort_values("tsnr", kind="stable") if "tsnr" in data.runs else data.runs
     run = str(order["run"].iloc[len(order) // 2])
-    layout = Layout(Path(config.results), data.name)
+    layout = Layout.of(config, data.name)
     if not layout.array("volumes", run).exists():
         return None
     with xarray.open_zarr(layout.array("volumes", run), chunks=None) as volumes:
@@ -177,7 +177,7 @@ def example_run(config: Config, data: Data) -> Example | None:
 
 def group_connectivity(config: Config, data: Data) -> tuple[npt.NDArray[np.float64], int] | None:
     """Mean FC (by Fisher z) over runs, ROIs that no run has left out, and the number of runs."""
-    layout = Layout(Path(config.results), data.name)
+    layout = Layout.of(config, data.name)
     paths = [layout.array("rois", run) for run in data.runs["run"]]
     paths = [path for path in paths if path.exists()]
     chosen = paths[:: -(-len(paths) // LARGEST_GROUP)] if paths else []

@@ -146,7 +146,7 @@ def run_embed(
         raise InputError(f"--output {output}: a table of {level}s is named *.tsv or *.npz")
     if level == "token" and not hasattr(embedder.network, "encode"):
         raise InputError(f"a model of family {embedder.model.family} does not embed tokens")
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     table = choose_runs(config, dataset, runs, subjects)
     for run in table["run"]:
         store = TokenStore(layout.array("tokens", run))
@@ -178,7 +178,7 @@ def choose_runs(
     InputError
         Naming runs and subjects that there are not.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     table = list_runs(config, dataset, read_table(layout.index, dtype=str)["subject"].unique())
     for column, names in (("run", runs), ("subject", subjects)):
         if names is not None:

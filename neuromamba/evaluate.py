@@ -66,7 +66,7 @@ def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
     """
     settings = config.datasets[dataset]
     kind = settings.targets[target]
-    split = read_split(Layout(Path(config.results), dataset).split)
+    split = read_split(Layout.of(config, dataset).split)
     labels = read_participants(settings)[target].dropna()
     train = labels.reindex(sorted([*split["train"], *split["validation"]])).dropna()
     test = labels.reindex(split["test"]).dropna()
@@ -97,7 +97,7 @@ def find_seen(config: Config, dataset: str, info: dict[str, Any], test: Sequence
     seen = sorted(seen_subjects(info, dataset) & set(test))
     if seen and not config.evaluate.allow_seen_subjects:
         raise InputError(
-            f"{Layout(Path(config.results), dataset).split}: {len(seen)} of {len(test)} test "
+            f"{Layout.of(config, dataset).split}: {len(seen)} of {len(test)} test "
             f"subjects were used to train the model: {', '.join(seen[:5])}"
             f"{', ...' if len(seen) > 5 else ''}; train it again on this split, or set "
             "evaluate.allow_seen_subjects: true, and the report will say so"
@@ -191,7 +191,7 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
         When there is no finished model, when it was trained on a test subject, or when the labels
         or the FC do not allow an evaluation.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     folder = layout.evaluate(model, seed, target)
     if model in BASELINES:
         raise InputError(f"models: {model!r} is the name of a baseline; rename its YAML file")
@@ -238,7 +238,7 @@ def _columns(classes: Sequence[str]) -> list[str]:
 
 def _stores(config: Config, dataset: str) -> dict[str, list[Path]]:
     """The ROI stores of each subject's runs that also have tokens."""
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype={"run": str, "subject": str})
     batches = range(config.compute.batches)
     usable = [

@@ -48,7 +48,7 @@ def run_export(config: Config, dataset: str, model: str, seed: int, folder: Path
     network, info = open_pretrained(config, dataset, model, seed)
     source = config.pretrained_on(dataset, model)
     section, members = config.models[model], config.members(source)
-    layout = Layout(Path(config.results), source)
+    layout = Layout.of(config, source)
     _, runs = list_training(config, source)
     record = make_record(config, source, model, seed, section.pretrain, runs)
     if record["inputs"] != {name: info["inputs"].get(name) for name in record["inputs"]}:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
 from neuromamba.checkpoint import ancestry, load_model_info, load_weights
-from neuromamba.config import Classification, Config, Finetune, Target
+from neuromamba.config import Classification, Config, Finetune
 from neuromamba.files import InputError, digest_json
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.layout import Layout
@@ -44,6 +44,7 @@ from neuromamba.record import OnChange, differences
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
 from neuromamba.splits import read_split
+from neuromamba.stages import target_settings
 
 
 def run_finetune(
@@ -64,9 +65,9 @@ def run_finetune(
         When there is no pretrained model or it does not fit, when a part has no labelled subject,
         or when the labels of the training subjects are all the same.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     folder = layout.finetune(model, seed, target)
-    source = Layout(layout.results, config.pretrained_on(dataset, model))
+    source = Layout.of(config, config.pretrained_on(dataset, model))
     pretrain = source.pretrain(model, seed)
     settings = config.models[model].finetune
     earlier = load_model_info(pretrain)
@@ -76,7 +77,7 @@ def run_finetune(
     runs = list_runs(config, dataset, used)
     record = make_record(config, dataset, model, seed, settings, runs)
     refuse_other_settings(pretrain, earlier, record["settings"])
-    record["settings"]["target"] = target_settings(config.datasets[dataset].targets[target])
+    record["settings"]["target"] = target_settings(config.datasets[dataset], target)
     record["inputs"] |= {"labels": digest_json(used), "pretrained": earlier["files"]}
     if already_there(folder, record, on_change):
         return
@@ -120,14 +121,6 @@ def read_labels(config: Config, dataset: str, target: str) -> dict[str, int | fl
         number = {name: k for k, name in enumerate(spec.classes)}
         return {str(subject): number[name] for subject, name in labels.items()}
     return {str(subject): float(value) for subject, value in labels.items()}
-
-
-def target_settings(target: Target) -> dict[str, Any]:
-    """A target's section, with its classes as a list, because their order has a meaning."""
-    settings = target.model_dump(mode="json")
-    if isinstance(target, Classification):
-        settings["classes"] = [list(pair) for pair in target.classes.items()]
-    return settings
 
 
 def make_task(
@@ -210,11 +203,11 @@ def predict_subjects(
         When there is no fine-tuned model of these settings, or a subject has no run that is long
         enough.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     folder, section = layout.finetune(model, seed, target), config.models[model]
     spec = config.datasets[dataset].targets[target]
     settings = make_settings(config, model, section.finetune, seed)
-    settings["target"] = target_settings(spec)
+    settings["target"] = target_settings(config.datasets[dataset], target)
     refuse_other_settings(folder, load_model_info(folder), settings)
     classes = list(spec.classes) if isinstance(spec, Classification) else []
     # What the heads were scaled by comes with the weights.

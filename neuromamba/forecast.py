@@ -76,7 +76,7 @@ def run_forecast(config: Config, dataset: str, model: str, seed: int) -> None:
         When there is no pretrained model of these settings, it cannot be rolled out or has seen a
         test subject; when `forecast.context` does not fit its window, or no run is long enough.
     """
-    layout, section = Layout(Path(config.results), dataset), config.models[model]
+    layout, section = Layout.of(config, dataset), config.models[model]
     folder = layout.forecast(model, seed)
     network, info = open_pretrained(config, dataset, model, seed)
     if not hasattr(network, "roll_out"):
@@ -150,7 +150,7 @@ def open_runs(
     config: Config, dataset: str, model: str, network: nn.Module, subjects: Sequence[str]
 ) -> Windows:
     """Windows over the runs of some subjects."""
-    layout, section = Layout(Path(config.results), dataset), config.models[model]
+    layout, section = Layout.of(config, dataset), config.models[model]
     runs = list_runs(config, dataset, subjects)
     readers = make_readers(network, layout, section, config.tokens)
     return Windows(group_runs(runs), readers, config.compute.max_excluded)
@@ -240,7 +240,7 @@ def forecast_error(forecast: Tensor, tokens: Tensor, time_patch: int) -> Floats:
 
 def repetition_times(config: Config, dataset: str, subjects: Sequence[str]) -> list[float]:
     """The repetition times in seconds that occur among the runs of some subjects, sorted."""
-    index = read_table(Layout(Path(config.results), dataset).index, dtype={"subject": str})
+    index = read_table(Layout.of(config, dataset).index, dtype={"subject": str})
     used = index.loc[index["subject"].isin(set(subjects)), "repetition_time"]
     return sorted(float(value) for value in used.dropna().unique())
 

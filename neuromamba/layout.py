@@ -5,13 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuromamba.config import Config
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of one dataset's results under `results/{dataset}`."""
+    """Paths of one dataset's results under `results/{dataset}`.
+
+    `arrays` is where the Zarr stores lie; `None` puts them beside their manifests.
+    """
 
     results: Path
     dataset: str
+    arrays: Path | None = None
+
+    @classmethod
+    def of(cls, config: Config, dataset: str) -> Layout:
+        """The layout of a dataset (or mixture) by the config's `results` and `arrays`."""
+        arrays = None if config.arrays is None else Path(config.arrays)
+        return cls(Path(config.results), dataset, arrays)
 
     @property
     def root(self) -> Path:
@@ -43,7 +55,15 @@ class Layout:
         A run of another dataset is named `{dataset}/{run}`.
         """
         dataset, _, name = run.rpartition("/")
-        return self.results / (dataset or self.dataset) / stage / f"{name}.zarr"
+        return (self.arrays or self.results) / (dataset or self.dataset) / stage / f"{name}.zarr"
+
+    def digests(self, stage: str, batch: int) -> Path:
+        """What is remembered of the stores of a batch; see `neuromamba.contents`.
+
+        It holds dates, so it lies outside of the folders that DVC versions.
+        """
+        root = (self.arrays or self.results) / ".digests" / self.dataset
+        return root / stage / f"batch-{batch}.jsonl"
 
     @property
     def scaling(self) -> Path:
@@ -61,6 +81,9 @@ class Layout:
 
     def evaluate(self, model: str, seed: int, target: str) -> Path:
         return self.root / model / f"seed-{seed}" / "evaluate" / target
+
+    def scores(self, model: str, seed: int) -> Path:
+        return self.results / "scores" / self.dataset / model / f"seed-{seed}"
 
     def forecast(self, model: str, seed: int) -> Path:
         return self.root / model / f"seed-{seed}" / "forecast"

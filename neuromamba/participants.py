@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from neuromamba.bids_scan import subject_name
 from neuromamba.config import Classification, Dataset, Participants, Regression
 from neuromamba.files import InputError
 from neuromamba.tables import read_table
 
 MISSING = ["n/a", "N/A", "NA", "NaN", "nan", ""]
-
-
-def subject_name(label: str) -> str:
-    """`sub-` and the letters and digits of `label`, which may or may not begin with `sub-`."""
-    return "sub-" + re.sub(r"[^A-Za-z0-9]", "", label.strip().removeprefix("sub-"))
 
 
 def read_participants(dataset: Dataset) -> pd.DataFrame:
@@ -63,6 +59,33 @@ def read_participants(dataset: Dataset) -> pd.DataFrame:
             else _numbers(cells, subjects, target, settings.file)
         ).array
     return pd.DataFrame(columns, index=pd.Index(subjects, name="subject"))
+
+
+def check_participants(dataset: Dataset, subjects: Sequence[str]) -> None:
+    """Read the table, and compare it with the subjects that have runs, before hours of work.
+
+    Raises
+    ------
+    InputError
+        When the table is wrong or has none of the subjects; of some it warns.
+    """
+    participants = read_participants(dataset)
+    if dataset.participants is None:
+        return
+    absent = [subject for subject in subjects if subject not in participants.index]
+    if not absent:
+        return
+    file, counts = dataset.participants.file, f"{len(absent)} of {len(subjects)} subjects"
+    if len(absent) == len(subjects):
+        raise InputError(
+            f"{file} has a row for none of the {len(subjects)} subjects that have runs "
+            f"({_some(absent)}); its subjects are {_some(list(participants.index))}; make the "
+            "labels agree (leading zeros?)"
+        )
+    warnings.warn(
+        f"{file} has no row for {counts}: {_some(absent)}; they have no site and no labels",
+        stacklevel=2,
+    )
 
 
 def _column(table: pd.DataFrame, column: str, key: str, file: str) -> pd.Series:
@@ -134,5 +157,5 @@ def _numbers(cells: pd.Series, subjects: pd.Series, target: Regression, file: st
     return numbers
 
 
-def _some(names: np.ndarray) -> str:
+def _some(names: Sequence[str] | np.ndarray) -> str:
     return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" * (len(names) > 5))

@@ -5,7 +5,6 @@ The subjects of the validation part choose the weights; those of the test part a
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,18 +16,27 @@ from torch import nn
 from tqdm import tqdm
 
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
-from neuromamba.checkpoint import ancestry, finished, load_model_info, load_weights, save_model
+from neuromamba.checkpoint import (
+    CHECKPOINTS,
+    ancestry,
+    finished,
+    load_model_info,
+    load_weights,
+    save_model,
+)
 from neuromamba.config import Config, Optimiser
 from neuromamba.distributed import join
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
+from neuromamba.owned import OwnedFolder, own
 from neuromamba.participants import read_participants
 from neuromamba.prefetch import prefetch
 from neuromamba.record import OnChange
-from neuromamba.runtime import choose_device
+from neuromamba.runtime import choose_device, telling_full_disk
+from neuromamba.source_code import code_of
 from neuromamba.splits import nested_share, read_split
-from neuromamba.train import fit
+from neuromamba.train import Fitted, fit
 
 PARTS = ("train", "validation")
 
@@ -63,7 +71,7 @@ def run_pretrain(
         When the split or the runs do not serve, when the training on disk or the weights to start
         from do not fit, or for what `train.fit` gives.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     folder, settings = layout.pretrain(model, seed), config.models[model].pretrain
     if fraction is not None:
         folder = layout.cell(model, fraction, seed)
@@ -99,7 +107,7 @@ def list_training(
     subjects: dict[str, list[str]] = {part: [] for part in PARTS}
     tables = []
     for member in config.members(dataset):
-        split = read_split(Layout(Path(config.results), member).split)
+        split = read_split(Layout.of(config, member).split)
         if fraction is not None:
             of_dataset = config.datasets[member]
             people = read_participants(of_dataset)
@@ -139,22 +147,24 @@ def make_settings(config: Config, model: str, settings: Optimiser, seed: int) ->
 def make_record(
     config: Config, dataset: str, model: str, seed: int, settings: Optimiser, runs: pd.DataFrame
 ) -> dict[str, Any]:
-    """What a training depends on, JSON-able: names, `settings` and digests of `inputs`.
+    """What a training depends on, JSON-able: names, `settings`, and digests of `inputs` and code.
 
     `runs` are the manifest's rows of the runs used, which tell how each was made.
     """
+    stage = type(settings).__name__.lower()
     members = config.members(dataset)
-    splits = {name: digest_file(Layout(Path(config.results), name).split) for name in members}
+    splits = {name: digest_file(Layout.of(config, name).split) for name in members}
     mixture = {"mixture": members} if dataset in config.mixtures else {}
     return {
-        "stage": type(settings).__name__.lower(),
+        "stage": stage,
         "dataset": dataset,
         "model": model,
         "seed": seed,
         "settings": make_settings(config, model, settings, seed) | mixture,
         "inputs": {
             "split": splits.get(dataset, splits),
-            "runs": digest_json(runs.astype(str).to_dict("records")),
+            "runs": digest_json(runs[["run", "key"]].astype(str).to_numpy().tolist()),
+            "code": code_of(stage, f"models.{config.models[model].family}"),
         },
     }
 
@@ -183,7 +193,7 @@ def open_windows(
     InputError
         When a part has no runs, or too many of them give no window.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     windows = {}
     for part, names in subjects.items():
         of_part = runs[runs["subject"].isin(set(names))]
@@ -232,29 +242,40 @@ def train_and_save(
     info = {
         **record,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "processes": world.size,
         "subjects": {part: of_part.subjects for part, of_part in windows.items()},
         "left_out": {run: why for part in windows.values() for run, why in part.left_out.items()},
         **(facts or {}),
     }
-    fitted = fit(
-        network,
-        settings,
-        lambda first, size: complete(train.training_batch(seed, first, size)),
-        lambda: prefetch(map(complete, validation.batches(spaced, share))),
-        folder,
-        info,
-        seed=seed,
-        device=choose_device(config.compute.device),
-        world=world,
-        on_change=on_change,
-    )
-    if world.leads:
-        best = {"step": fitted.step, **fitted.validation}
-        info |= {"step": settings.steps, "best": best, "events": fitted.events}
-        save_model(folder, fitted.weights, info, fitted.last)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if any(fitted.events.values()):
-            counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in fitted.events.items())
-            where = f"see the rows `event` of {folder / 'metrics.jsonl'}"
-            tqdm.write(f"training finished with {counts}; {where}", file=sys.stderr)
+    with own(folder, world.leads) as owned:
+        # Again, for what had the folder until now may just have ended.
+        if already_there(folder, record, on_change):
+            return
+        fitted = fit(
+            network,
+            settings,
+            lambda first, size: complete(train.training_batch(seed, first, size)),
+            lambda: prefetch(map(complete, validation.batches(spaced, share))),
+            owned,
+            info,
+            seed=seed,
+            device=choose_device(config.compute.device),
+            world=world,
+            on_change=on_change,
+        )
+        if world.leads:
+            finish(owned, fitted, info | {"step": settings.steps})
     world.wait()
+
+
+def finish(folder: OwnedFolder, fitted: Fitted, info: Mapping[str, Any]) -> None:
+    """Write the finished model, remove the checkpoints, and tell what went wrong on the way."""
+    best = {"step": fitted.step, **fitted.validation}
+    facts = {**info, "best": best, "events": fitted.events}
+    with telling_full_disk(folder.path):
+        save_model(folder.path, fitted.weights, facts, fitted.last, folder.writing)
+    folder.remove(folder.path / CHECKPOINTS)
+    if any(fitted.events.values()):
+        counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in fitted.events.items())
+        where = f"see the rows `event` of {folder.path / 'metrics.jsonl'}"
+        tqdm.write(f"training finished with {counts}; {where}", file=sys.stderr)

@@ -36,10 +36,11 @@ from neuromamba.files import (
     write_json,
     write_text,
 )
-from neuromamba.finetune import refuse_other_settings, target_settings
+from neuromamba.finetune import refuse_other_settings
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
 from neuromamba.pretrain import make_network, make_settings
+from neuromamba.stages import target_settings
 from neuromamba.token_store import TokenStore
 
 FORMAT = 1
@@ -169,7 +170,7 @@ def open_pretrained(
     InputError
         When its training has not finished, or was under another model or tokens section.
     """
-    source = Layout(Path(config.results), config.pretrained_on(dataset, model))
+    source = Layout.of(config, config.pretrained_on(dataset, model))
     folder = source.pretrain(model, seed)
     info = load_model_info(folder)
     settings = make_settings(config, model, config.models[model].pretrain, seed)
@@ -189,10 +190,10 @@ def open_finetuned(
     InputError
         When its training has not finished, or was under another model, tokens or target section.
     """
-    folder = Layout(Path(config.results), dataset).finetune(model, seed, target)
+    folder = Layout.of(config, dataset).finetune(model, seed, target)
     info = load_model_info(folder)
     settings = make_settings(config, model, config.models[model].finetune, seed)
-    settings["target"] = target_settings(config.datasets[dataset].targets[target])
+    settings["target"] = target_settings(config.datasets[dataset], target)
     refuse_other_settings(folder, info, settings)
     network, start = make_network(config, model, seed), "backbone."
     tensors = safetensors.torch.load_file(folder / WEIGHTS)

@@ -7,7 +7,7 @@ Design choices
 - The atlas meets the grid through the two affines, nearest neighbour, so that it may have any
   resolution and any orientation, as long as it is in the run's space.
 - Without an atlas the ROIs are cubes of the grid, so that no dataset needs one.
-- The volumes are read one shard at a time: memory does not grow with the run's length.
+- The volumes are read some at a time: memory does not grow with the run's length.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ import zarr
 
 import neuromamba
 from neuromamba.config import Config
+from neuromamba.contents import Contents
 from neuromamba.files import InputError, atomic_path, digest_file, digest_json
 from neuromamba.layout import Layout
+from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import finish, finished
-
-FORMAT = 1
-"""Raised when the same inputs would give other numbers, so that old results are made again."""
+from neuromamba.store import READ_VOLUMES, finish, finished
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def resample_labels(
 
 
 def roi_series(
-    volumes: xarray.Dataset, parcellation: Parcellation, shard: int
+    volumes: xarray.Dataset, parcellation: Parcellation, step: int
 ) -> npt.NDArray[np.float32]:
     """Mean signal of each ROI's brain voxels, in the scan's original units.
 
@@ -148,7 +147,7 @@ def roi_series(
     ----------
     volumes
         One run, opened with `mask_and_scale=False`; see `neuromamba.volumes`.
-    parcellation, shard
+    parcellation, step
         The ROIs, and the number of volumes to read at a time.
 
     Returns
@@ -179,10 +178,10 @@ def roi_series(
     )
     bold = volumes["bold"]
     series = np.empty((bold.sizes["time"], len(count)), dtype=np.float32)
-    for start in range(0, len(series), shard):
-        frames = bold[start : start + shard].values
+    for start in range(0, len(series), step):
+        frames = bold[start : start + step].values
         brain = frames.reshape(len(frames), -1)[:, voxels].astype(np.float32)
-        series[start : start + shard] = (mean @ brain.T).T
+        series[start : start + step] = (mean @ brain.T).T
     # The mean commutes with the affine code of the stored values, so only the means are decoded.
     series *= np.float32(bold.attrs.get("scale_factor", 1.0))
     series += np.float32(bold.attrs.get("add_offset", 0.0))
@@ -199,14 +198,14 @@ def connectivity(series: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         return np.atleast_2d(np.corrcoef(series, rowvar=False)).astype(np.float32)
 
 
-def make_rois(source: Path, target: Path, parcellation: Parcellation, shard: int) -> dict[str, Any]:
+def make_rois(source: Path, target: Path, parcellation: Parcellation, step: int) -> dict[str, Any]:
     """Write the ROI series and FC of one run's volumes, unless they are there already.
 
     Returns
     -------
     dict
-        `n_rois`, ROIs with a brain voxel in this run; `n_missing`, those without; `tsnr`, the
-        median of mean / SD over the brain's voxels.
+        `key`, which tells what the store was made from; `n_rois`, ROIs with a brain voxel in this
+        run; `n_missing`, those without; `tsnr`, the median of mean / SD over the brain's voxels.
 
     Raises
     ------
@@ -218,10 +217,10 @@ def make_rois(source: Path, target: Path, parcellation: Parcellation, shard: int
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source}: not a readable volumes store ({error})") from None
     with volumes:
-        key = digest_json([FORMAT, volumes.attrs["key"], parcellation.key])
+        key = digest_json([code_of("rois"), volumes.attrs["key"], parcellation.key])
         attributes = finished(target, key)
         if attributes is None:
-            series = roi_series(volumes, parcellation, shard)
+            series = roi_series(volumes, parcellation, step)
             missing = int(np.isnan(series[0]).sum())
             attributes = {
                 "atlas": parcellation.name,
@@ -235,7 +234,7 @@ def make_rois(source: Path, target: Path, parcellation: Parcellation, shard: int
                 "key": key,
             }
             _write(target, series, parcellation.labels, attributes)
-    return {name: attributes[name] for name in ("n_rois", "n_missing", "tsnr")}
+    return {name: attributes[name] for name in ("key", "n_rois", "n_missing", "tsnr")}
 
 
 def _tsnr(volumes: xarray.Dataset) -> float:
@@ -274,19 +273,22 @@ def run_rois(config: Config, dataset: str, batch: int) -> None:
     InputError
         When the atlas is unusable, or too many runs are (`compute.max_excluded`).
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     atlas = config.datasets[dataset].atlas
     runs = usable_runs([layout.manifest("volumes", batch)])
     known: list[Parcellation] = [read_atlas(atlas)] if atlas else []
+    manifest = layout.manifest("rois", batch)
+    contents = Contents(layout, "rois", batch)
 
     def make(run: str) -> dict[str, Any]:
         source = layout.array("volumes", run)
         if not known:
             known.append(_cubes_of(source, config))
         target = layout.array("rois", run)
-        return make_rois(source, target, known[0], config.volumes.shard_volumes)
+        facts = make_rois(source, target, known[0], READ_VOLUMES)
+        return contents.add(run, facts)
 
-    process_runs("rois", runs, make, layout.manifest("rois", batch), config.compute.max_excluded)
+    process_runs("rois", runs, make, manifest, config.compute.max_excluded)
 
 
 def _cubes_of(source: Path, config: Config) -> Parcellation:

@@ -7,7 +7,6 @@ schedule cut short would have reached is not known from its middle (Hoffmann et 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ def run_scaling(config: Config, dataset: str) -> None:
         When no cell has been trained, one is broken, or the models cannot be compared.
     """
     study = config.study()
-    folder = Layout(Path(config.results), dataset).scaling
+    folder = Layout.of(config, dataset).scaling
     cells, curves, missing = read_cells(study, dataset)
     points = average_seeds(cells)
     resamples, confidence = config.evaluate.bootstrap, config.evaluate.confidence

@@ -58,7 +58,7 @@ def read_cells(study: Config, dataset: str) -> tuple[pd.DataFrame, Curves, list[
     InputError
         When no cell has been trained.
     """
-    layout = Layout(Path(study.results), dataset)
+    layout = Layout.of(study, dataset)
     runs = list_training(study, dataset)[1]
     rows, missing = [], []
     curves: Curves = {}

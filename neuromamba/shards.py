@@ -79,7 +79,7 @@ class Layout:
                 and first == LITTLE
                 and [codec["name"] for codec in compression] in ([], ["zstd"])
                 and shard_shape[1:] == chunk_shape[1:] == shape[1:]
-                and meta["chunk_key_encoding"]["configuration"]["separator"] == "/"
+                and meta["chunk_key_encoding"]["configuration"]["separator"] == "."
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: unreadable array metadata ({error})") from None
@@ -89,7 +89,7 @@ class Layout:
 
     def shard(self, number: int) -> Path:
         """The file of a shard."""
-        return self.path.joinpath("c", str(number), *["0"] * (len(self.shape) - 1))
+        return self.path / ".".join(["c", str(number), *["0"] * (len(self.shape) - 1)])
 
 
 class ShardWriter:

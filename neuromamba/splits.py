@@ -25,13 +25,12 @@ from neuromamba.config import Config, Dataset, Splits
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.participants import read_participants
-from neuromamba.stage import refuse_if_too_many_excluded
+from neuromamba.stage import read_manifest
 from neuromamba.tables import read_table, write_table
 
 PARTS = ("train", "validation", "test")
 MIN_SUBJECTS = len(PARTS)
 BINS = 5
-STAGES = ("volumes", "tokens", "rois")
 _SHARE = 1
 """The stream of random numbers under the split's seed that orders the training subjects."""
 
@@ -181,41 +180,22 @@ def usable_subjects(index: pd.DataFrame, layout: Layout, batches: int) -> list[s
     """Subjects with at least one run whose tokens and ROI series both exist."""
     usable = set(index.loc[index["reason"].isna(), "run"])
     for stage in ("tokens", "rois"):
-        made = [_manifest(layout, stage, batch) for batch in range(batches)]
+        made = [read_manifest(layout, stage, batch) for batch in range(batches)]
         usable &= {run for table in made for run in table.loc[table["reason"].isna(), "run"]}
     return sorted(set(index.loc[index["run"].isin(usable), "subject"]))
 
 
-def list_excluded(index: pd.DataFrame, layout: Layout, batches: int) -> pd.DataFrame:
-    """Every run that some stage left out: columns `run`, `stage`, `reason`."""
-    tables = [index.assign(stage="index")]
-    for stage in STAGES:
-        tables += [_manifest(layout, stage, k).assign(stage=stage) for k in range(batches)]
-    rows = pd.concat([table[["run", "stage", "reason"]] for table in tables], ignore_index=True)
-    return rows[rows["reason"].notna()].sort_values("run", kind="stable", ignore_index=True)
-
-
-def _manifest(layout: Layout, stage: str, batch: int) -> pd.DataFrame:
-    return read_table(layout.manifest(stage, batch), dtype={"run": str, "reason": str})
-
-
 def run_splits(config: Config, dataset: str) -> None:
-    """Write `splits/holdout.tsv`, and `excluded.tsv` over all stages.
+    """Write `splits/holdout.tsv`.
 
     Raises
     ------
     InputError
-        When too many runs were left out by all stages together, or too few subjects remain.
+        When too few subjects have data.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     settings = config.datasets[dataset]
-    batches = config.compute.batches
     index = read_table(layout.index, dtype={"run": str, "subject": str, "reason": str})
-    excluded = list_excluded(index, layout, batches)
-    write_table(layout.excluded, excluded)
-    first = excluded.drop_duplicates("run").set_index("run")["reason"]
-    union = pd.DataFrame({"run": index["run"], "reason": index["run"].map(first)})
-    refuse_if_too_many_excluded("all stages", union, config.compute.max_excluded)
-    subjects = usable_subjects(index, layout, batches)
+    subjects = usable_subjects(index, layout, config.compute.batches)
     participants = read_participants(settings)
     write_table(layout.split, split_subjects(subjects, participants, settings, config.splits))

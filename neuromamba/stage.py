@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import pandas as pd
 from tqdm import tqdm
 
 from neuromamba.files import InputError
+from neuromamba.layout import Layout
 from neuromamba.tables import read_table, write_table
 
 MANIFEST_COLUMNS = ["run", "reason"]
 
 
-def runs_of_batch(runs: Sequence[str], batch: int, batches: int) -> list[str]:
-    """Every `batches`-th run, starting at number `batch`, so that all jobs have like sizes."""
-    return list(runs[batch::batches])
+def batch_of(subject: str, batches: int) -> int:
+    """The batch job that works on a subject's runs, whoever else is in the dataset."""
+    return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:8]) % batches
 
 
 def process_runs(
@@ -73,6 +75,11 @@ def refuse_if_too_many_excluded(stage: str, table: pd.DataFrame, max_excluded: f
             f"{stage}: {len(bad)} of {len(table)} runs cannot be used, more than "
             f"compute.max_excluded = {max_excluded:g} allows:\n{reasons}"
         )
+
+
+def read_manifest(layout: Layout, stage: str, batch: int) -> pd.DataFrame:
+    """The runs that a batch job made or left out: columns `run`, `reason`, and facts."""
+    return read_table(layout.manifest(stage, batch), dtype={"run": str, "reason": str})
 
 
 def usable_runs(manifests: Sequence[Path]) -> list[str]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from neuromamba.checkpoint import (
+    CHECKPOINTS,
     Checkpoint,
     Tensors,
     load_checkpoint,
@@ -26,7 +26,6 @@ from neuromamba.checkpoint import (
 )
 from neuromamba.config import Optimiser
 from neuromamba.distributed import World
-from neuromamba.files import write_text
 from neuromamba.optimiser import (
     WeightAverage,
     learning_rate,
@@ -34,6 +33,7 @@ from neuromamba.optimiser import (
     optimizer_tensors,
     restore_optimizer,
 )
+from neuromamba.owned import OwnedFolder
 from neuromamba.record import OnChange
 from neuromamba.recovery import UsualLoss
 from neuromamba.scalars import with_skills
@@ -92,15 +92,17 @@ class Journal:
 
     Parameters
     ----------
-    path
-        The file.
+    folder
+        Of the training.
     writes
         False in all processes but one: these keep nothing.
     """
 
-    def __init__(self, path: Path, writes: bool) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, folder: OwnedFolder, writes: bool) -> None:
+        self.folder, self.writes = folder, writes
         self.lines: list[str] = []
+        # It stays open, so that rows go to the file that this process has put there, or nowhere.
+        self.stream: IO[str] | None = None
 
     @property
     def text(self) -> str:
@@ -108,17 +110,27 @@ class Journal:
 
     def add(self, split: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one more row. JSON has no word for numbers that are not finite: they are quoted."""
-        if self.writes:
+        if self.stream:
+            self.folder.check()
             row = {name: _quoted(value) for name, value in values.items()}
             self.lines.append(json.dumps({"step": step, "split": split, **row}, allow_nan=False))
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(self.lines[-1] + "\n")
+            self.stream.write(self.lines[-1] + "\n")
+            self.stream.flush()
 
     def put_back(self, lines: list[str]) -> None:
         """Have these rows and no others."""
         if self.writes:
+            self.close()
             self.lines = lines
-            write_text(self.path, self.text)
+            with self.folder.writing(self.folder.path / "metrics.jsonl") as temporary:
+                self.stream = temporary.open("w", encoding="utf-8")
+                self.stream.write(self.text)
+                self.stream.flush()
+
+    def close(self) -> None:
+        """End the writing."""
+        if self.stream:
+            self.stream.close()
 
     def events(self) -> list[str]:
         """The rows that tell of events."""
@@ -142,27 +154,27 @@ class State:
         self,
         model: nn.Module,
         settings: Optimiser,
-        folder: Path,
+        folder: OwnedFolder,
         record: Mapping[str, Any],
         world: World,
     ) -> None:
         self.model, self.settings, self.world = model, settings, world
-        self.folder, self.record = folder, record
+        self.owned, self.folder, self.record = folder, folder.path, record
         self.optimizer = make_optimizer(model, settings)
         self.average = WeightAverage(model, settings.ema) if settings.ema else None
         self.progress = Progress()
-        self.journal = Journal(folder / "metrics.jsonl", world.leads)
+        self.journal = Journal(folder, world.leads)
         self.best: Tensors = {}
         self.saved = 0
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def start(self) -> None:
         """Have nothing of an earlier training about."""
         if self.world.leads:
-            shutil.rmtree(self.folder / "snapshots", ignore_errors=True)
+            self.owned.remove(self.folder / "snapshots")
         self.journal.put_back([])
 
     def restore(self, on_change: OnChange, upto: int | None = None) -> bool:
@@ -171,7 +183,10 @@ class State:
 
         def read() -> dict[str, Any] | None:
             nonlocal found
-            found = load_checkpoint(self.checkpoints, self.record, on_change, upto)
+            try:
+                found = load_checkpoint(self.owned, self.record, on_change, upto)
+            finally:
+                self.owned.check()  # before anything else is taken to be wrong
             return found.state if found else None
 
         state = self.world.from_lead(read)
@@ -221,7 +236,7 @@ class State:
         if self.average:
             tensors["average"] = self.average.tensors
         save_checkpoint(
-            self.checkpoints,
+            self.owned,
             self.saved,
             Checkpoint(tensors, asdict(self.progress), self.journal.text),
             self.record,
@@ -234,7 +249,10 @@ class State:
         if self.world.leads:
             step = self.progress.step
             folder = self.folder / "snapshots" / f"step-{step:08d}"
-            save_model(folder, self.weights(), {**self.record, "step": step})
+            with self.owned.writing(folder) as temporary:
+                temporary.mkdir()
+                facts = {**self.record, "step": step}
+                save_model(temporary, self.weights(), facts, writing=nullcontext)
 
     def roll_back(self) -> None:
         """Go back to the last regular checkpoint, and on from there with samples not yet read.

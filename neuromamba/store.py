@@ -16,8 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 import zarr.errors
+from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 
 FLOAT16_MAX = 65504.0
+READ_VOLUMES = 48
+"""Volumes to read at a time, so that memory does not grow with the size of a shard."""
+CHUNK_KEYS: ChunkKeyEncodingParams = {"name": "default", "separator": "."}
+"""Chunks as files `c.0.1.2` beside each other. Zarr's own choice, `c/0/1/2`, makes a folder for
+each axis, and quotas on scratch file systems count folders as files."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def add_array(
         chunks=data.shape,
         dtype=data.dtype,
         compressors=None,
+        chunk_key_encoding=CHUNK_KEYS,
         dimension_names=dims,
         attributes=attributes,
     )

@@ -25,14 +25,13 @@ import zarr.errors
 
 import neuromamba
 from neuromamba.config import Config, Tokens
+from neuromamba.contents import Contents
 from neuromamba.files import InputError, atomic_path, digest_json
 from neuromamba.layout import Layout
 from neuromamba.shards import ShardWriter
+from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import add_array, finish, finished, get_array
-
-FORMAT = 1
-"""Raised when the same volumes would give another store, so that old stores are made again."""
+from neuromamba.store import CHUNK_KEYS, READ_VOLUMES, add_array, finish, finished, get_array
 
 
 @dataclass(frozen=True)
@@ -95,16 +94,17 @@ def run_tokens(config: Config, dataset: str, batch: int) -> None:
     InputError
         When more runs than `compute.max_excluded` cannot be used, or the disk is full.
     """
-    layout = Layout(Path(config.results), dataset)
+    layout = Layout.of(config, dataset)
     runs = usable_runs([layout.manifest("volumes", batch)])
+    manifest = layout.manifest("tokens", batch)
+    contents = Contents(layout, "tokens", batch)
 
     def make(run: str) -> dict[str, Any]:
         source, target = layout.array("volumes", run), layout.array("tokens", run)
-        return make_tokens(source, target, config.tokens, config.volumes.shard_volumes)
+        facts = make_tokens(source, target, config.tokens, config.volumes.shard_volumes)
+        return contents.add(run, facts)
 
-    process_runs(
-        "tokens", runs, make, layout.manifest("tokens", batch), config.compute.max_excluded
-    )
+    process_runs("tokens", runs, make, manifest, config.compute.max_excluded)
 
 
 def make_tokens(source: Path, target: Path, tokens: Tokens, shard_volumes: int) -> dict[str, Any]:
@@ -133,9 +133,8 @@ def make_tokens(source: Path, target: Path, tokens: Tokens, shard_volumes: int) 
     """
     try:
         volumes = zarr.open_group(source, mode="r")
-        key = digest_json(
-            [FORMAT, volumes.attrs["key"], tokens.model_dump(mode="json"), shard_volumes]
-        )
+        settings = [tokens.model_dump(mode="json"), shard_volumes]
+        key = digest_json([code_of("tokens"), volumes.attrs["key"], *settings])
         attributes = finished(target, key)
         if attributes is None:
             attributes = _pack(volumes, target, tokens, shard_volumes, key)
@@ -199,6 +198,7 @@ def _create_values(
         dtype="float16",
         compressors=None,
         fill_value=np.nan,
+        chunk_key_encoding=CHUNK_KEYS,
         dimension_names=["time_patch", "token", "value"],
         attributes={
             "long_name": "BOLD signal, NaN outside the brain mask",
@@ -212,11 +212,11 @@ def _rows(
     bold: zarr.Array[Any], patches: PatchIndex, mask: npt.NDArray[np.bool_], time_patch: int
 ) -> Iterator[npt.NDArray[np.float16]]:
     """Yield the tokens of each time patch, (1, token, value), in stored units."""
-    shard = bold.shards[0] if bold.shards else time_patch
+    step = max(READ_VOLUMES // time_patch, 1) * time_patch
     whole = bold.shape[0] // time_patch * time_patch
     witness = np.flatnonzero(mask)[0]
-    for start in range(0, whole, shard):
-        volumes = np.asarray(bold[start : min(start + shard, whole)])
+    for start in range(0, whole, step):
+        volumes = np.asarray(bold[start : min(start + step, whole)])
         volumes = volumes.reshape(len(volumes), -1)
         # A brain voxel is NaN only where zarr has filled in.
         if np.isnan(volumes[:, witness]).any():

@@ -23,7 +23,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from neuromamba.config import Optimiser
 from neuromamba.distributed import World, telling_lost_processes, wrap
 from neuromamba.gradients import Gradients, compute_gradients
 from neuromamba.optimiser import learning_rate, set_learning_rate
+from neuromamba.owned import OwnedFolder
 from neuromamba.prefetch import prefetch
 from neuromamba.record import OnChange
 from neuromamba.recovery import Fault, UsualLoss, find_fault
@@ -80,7 +80,7 @@ def fit(
     settings: Optimiser,
     training: Callable[[int, int], Batch],
     validation: Callable[[], Iterable[Batch]],
-    folder: Path,
+    folder: OwnedFolder,
     record: Mapping[str, Any],
     *,
     seed: int,
@@ -107,7 +107,7 @@ def fit(
         Gives this process's part of the validation batches, the same each time.
     folder
         Gets `metrics.jsonl`, `snapshots/` where `keep_every` is set, and `checkpoints/` until the
-        caller removes it.
+        caller removes it. In rank 0 this process must own it.
     record
         `settings` and `inputs` that the training depends on (see `record.differences`), and what
         else is to stand in the JSON of checkpoints and snapshots.
@@ -122,8 +122,8 @@ def fit(
     ------
     InputError
         When the batch cannot be shared, when no checkpoint is whole or it does not fit, when
-        rollbacks do not help, when a validation scalar is not finite, when the disk is full, or
-        when another process is lost.
+        rollbacks do not help, when a validation scalar is not finite, when the disk is full, when
+        another process is lost, or when a later training has taken the folder over.
     SystemExit
         With status `TRY_AGAIN`, after SIGTERM or SIGUSR1 to any process; a checkpoint of the last
         step is then there. With status 2 where rank 0 raises `InputError`.
@@ -133,7 +133,8 @@ def fit(
     with (
         deterministic(),
         telling_lost_processes(world),
-        telling_full_disk(folder),
+        telling_full_disk(folder.path),
+        closing(state.journal),
         stop_on_signal() as stop,
     ):
         if not state.restore(on_change):

@@ -27,18 +27,18 @@ from zarr.codecs import ZstdCodec
 import neuromamba
 from neuromamba.brain import BrainStream
 from neuromamba.config import Config, Volumes
+from neuromamba.contents import Contents
 from neuromamba.files import InputError, atomic_path, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.moments import Floats, Moments
 from neuromamba.nifti import read_header
 from neuromamba.prefetch import prefetch
 from neuromamba.shards import ShardWriter
-from neuromamba.stage import process_runs, runs_of_batch, usable_runs
-from neuromamba.store import FLOAT16_MAX, Code, add_array, finish, finished
+from neuromamba.source_code import code_of
+from neuromamba.stage import process_runs, usable_runs
+from neuromamba.store import CHUNK_KEYS, FLOAT16_MAX, Code, add_array, finish, finished
 from neuromamba.tables import read_table
 
-FORMAT = 1
-"""Raised when the same inputs would give another store, so that old stores are made again."""
 CENTRE_MM = (0.5, -17.5, 4.5)
 """Centre of the field of view, MNI mm. The brain of MNI152NLin2009cAsym (2 mm mask: x -72.5..71.5,
 y -108.5..71.5, z -72.5..81.5) lies inside 96 voxels of 2 mm with at least 2 to spare on each side,
@@ -52,7 +52,7 @@ PROBE_VOLUMES = 10
 
 @dataclass(frozen=True)
 class Source:
-    """One run's files and facts, as the index lists them."""
+    """One run's files and facts, as the index lists them; `fingerprint` tells their content."""
 
     run: str
     subject: str
@@ -60,6 +60,7 @@ class Source:
     mask: Path
     space: str
     repetition_time: float
+    fingerprint: str
 
 
 def target_affine(volumes: Volumes) -> npt.NDArray[np.float64]:
@@ -77,9 +78,11 @@ def run_volumes(config: Config, dataset: str, batch: int) -> None:
     InputError
         When more runs than `compute.max_excluded` cannot be used, or the disk is full.
     """
-    layout = Layout(Path(config.results), dataset)
-    index = read_table(layout.index, dtype=str).set_index("run")
-    runs = runs_of_batch(usable_runs([layout.index]), batch, config.compute.batches)
+    layout = Layout.of(config, dataset)
+    part = layout.manifest("index", batch)
+    index, runs = read_table(part, dtype=str).set_index("run"), usable_runs([part])
+    manifest = layout.manifest("volumes", batch)
+    contents = Contents(layout, "volumes", batch)
 
     def make(run: str) -> dict[str, Any]:
         row = index.loc[run].to_dict()
@@ -90,13 +93,13 @@ def run_volumes(config: Config, dataset: str, batch: int) -> None:
             mask=Path(row["mask"]),
             space=config.datasets[dataset].space,
             repetition_time=float(row["repetition_time"]),
+            fingerprint=row["fingerprint"],
         )
         target = layout.array("volumes", run)
-        return make_volumes(source, target, config.volumes, config.tokens.time_patch)
+        facts = make_volumes(source, target, config.volumes, config.tokens.time_patch)
+        return contents.add(run, facts)
 
-    process_runs(
-        "volumes", runs, make, layout.manifest("volumes", batch), config.compute.max_excluded
-    )
+    process_runs("volumes", runs, make, manifest, config.compute.max_excluded)
 
 
 def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int) -> dict[str, Any]:
@@ -138,15 +141,21 @@ def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int
         "subject": source.subject,
         "space": source.space,
         "repetition_time": source.repetition_time,
-        "source_sha256": digest_file(source.bold),
-        "mask_sha256": digest_file(source.mask) if source.mask.is_file() else None,
+        "fingerprint": source.fingerprint,
     }
     # Where the files lie is not part of the key: a dataset may be moved.
-    key = digest_json([FORMAT, facts, volumes.model_dump(mode="json"), time_patch])
-    facts |= {"key": key, "source": str(source.bold), "mask_source": str(source.mask)}
+    settings = [volumes.model_dump(mode="json"), time_patch]
+    key = digest_json([code_of("volumes"), facts, *settings])
     attributes = finished(target, key)
     if attributes is None:
         stream = BrainStream(header, source.mask, volumes.shape, target_affine(volumes))
+        facts |= {
+            "key": key,
+            "source": str(source.bold),
+            "source_sha256": digest_file(source.bold),
+            "mask_source": str(source.mask),
+            "mask_sha256": digest_file(source.mask),
+        }
         attributes = _convert(stream, target, facts, volumes, time_patch)
     return {name: attributes[name] for name in MANIFEST_FACTS}
 
@@ -222,6 +231,7 @@ def _create_bold(
         dtype="float16",
         compressors=ZstdCodec(level=volumes.compression_level),
         fill_value=np.nan,
+        chunk_key_encoding=CHUNK_KEYS,
         dimension_names=["time", "z", "y", "x"],
         attributes={"long_name": "BOLD signal, NaN outside the brain mask", **code.attributes},
     )

@@ -131,7 +131,7 @@ def make_data(folder: Path, n: int = 30, config: Config | None = None) -> Config
         write_volumes(path, run, make_bold(subject), ball())
         rows.append({"run": run, "subject": name, "n_volumes": 24, "task": "rest", "reason": None})
     write_table(layout.index, pd.DataFrame(rows))
-    made = pd.DataFrame({"run": runs, "reason": None})
+    made = pd.DataFrame({"run": runs, "reason": None, "key": "made"})
     for stage in ("volumes", "tokens"):
         write_table(layout.manifest(stage, 0), made)
     run_rois(config, "toy", 0)

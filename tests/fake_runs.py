@@ -16,6 +16,7 @@ from neuromamba.config import Config, Optimiser
 from neuromamba.distributed import World
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
+from neuromamba.owned import own
 from neuromamba.tables import write_table
 from neuromamba.train import fit
 
@@ -112,7 +113,7 @@ def write_dataset(folder: Path, subjects: int = 14) -> dict[str, list[str]]:
     runs = [f"{name}_task-rest_run-1" for name in names]
     runs += [f"{name}_task-rest_run-2" for name in names[::2]]
     layout = Layout(folder / "results", "fake")
-    table = pd.DataFrame({"run": sorted(runs), "reason": None})
+    table = pd.DataFrame({"run": sorted(runs), "reason": None, "key": "made"})
     subject = [run.split("_")[0] for run in table["run"]]
     write_table(layout.index, table.assign(subject=subject, repetition_time=1.5))
     for batch in range(2):
@@ -183,18 +184,19 @@ def train(
     settings = Optimiser(**{**SETTINGS, **change})
     record = record or {"settings": settings.model_dump(mode="json"), "inputs": {"split": "a"}}
     model = model or Toy()
-    best = fit(
-        model,
-        settings,
-        training,
-        validation,
-        folder,
-        record,
-        seed=7,
-        device=device,
-        world=world,
-        on_change=on_change,
-    )
+    with own(folder, world.leads) as owned:
+        best = fit(
+            model,
+            settings,
+            training,
+            validation,
+            owned,
+            record,
+            seed=7,
+            device=device,
+            world=world,
+            on_change=on_change,
+        )
     return model, best
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from neuromamba.config import Config
+from neuromamba.files import digest_file, digest_json
 from neuromamba.layout import Layout
+from neuromamba.stage import batch_of
 from neuromamba.tables import write_table
 
 GRID = {"shape": [24, 24, 24], "voxel_size": 8.0, "min_volumes": 6, "shard_volumes": 8}
@@ -64,6 +66,7 @@ def write_run(
         "bold": str(bold),
         "mask": str(masked),
         "confounds": None,
+        "fingerprint": digest_json([digest_file(bold), digest_file(masked)])[:16],
         "repetition_time": 2.0,
         "n_volumes": data.shape[-1],
         "reason": None,
@@ -85,7 +88,11 @@ def make_config(folder: Path, **sections: Any) -> Config:
 
 
 def write_index(config: Config, rows: list[dict[str, Any]]) -> Layout:
-    """Write the dataset's index; return its layout."""
-    layout = Layout(Path(config.results), "toy")
-    write_table(layout.index, pd.DataFrame(rows))
+    """Write the dataset's index and its parts; return its layout."""
+    layout, batches = Layout.of(config, "toy"), config.compute.batches
+    table = pd.DataFrame(rows)
+    write_table(layout.index, table)
+    batch = table["subject"].map(lambda subject: batch_of(subject, batches))
+    for number in range(batches):
+        write_table(layout.manifest("index", number), table[batch == number])
     return layout

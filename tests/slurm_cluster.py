@@ -1,8 +1,8 @@
-"""A SLURM cluster of two nodes with two GPUs each, all of it made up, on this machine.
+"""A SLURM cluster of three nodes with two GPUs each, all of it made up, on this machine.
 
-munge, a controller and two slurmd run on loopback, with everything they write in one private
-folder. Jobs are real, nodes and their 32 cores and GPUs are not. Everything is stopped and removed
-at the end, jobs included. It needs root, munge and SLURM's programs:
+The third node is a partition of its own. munge, a controller and the slurmd run on loopback, with
+everything they write in one private folder. Jobs are real, nodes and their cores and GPUs are not.
+Everything is stopped and removed at the end, jobs included. It needs root, munge and SLURM:
 
     apt-get install --no-install-recommends slurm-wlm munge
     python tests/slurm_cluster.py bash      # or any other command, which then finds the cluster
@@ -27,6 +27,7 @@ from pathlib import Path
 # SLURM's programs look here when they are told of no other place, and Snakemake tells of none.
 SYSTEM_CONF = Path("/etc/slurm/slurm.conf")
 NODES = ("n1", "n2")
+APART = "n3"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 OURS = "NEUROMAMBA_TEST_CLUSTER"  # in the environment of all that runs in the cluster
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
@@ -64,7 +65,9 @@ GresTypes=gpu
 NodeName=DEFAULT CPUs=16 RealMemory=200000 Gres=gpu:2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=all Nodes=ALL Default=YES LLN=YES MaxTime=INFINITE State=UP
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]}
+PartitionName=all Nodes=n1,n2 Default=YES LLN=YES MaxTime=INFINITE State=UP
+PartitionName=apart Nodes=n3 MaxTime=INFINITE State=UP
 """
 
 
@@ -205,12 +208,12 @@ def _stepd_above(entry: Path) -> set[int]:
 
 
 def _configure(folder: Path) -> None:
-    with _free_ports(3) as ports:
+    with _free_ports(4) as ports:
         host = socket.gethostname().split(".")[0]
         text = CONF.format(ours=OURS, host=host, folder=folder, ports=ports)
     (folder / "slurm.conf").write_text(text)
     lines = ["AutoDetect=off"]
-    for node in NODES:
+    for node in (*NODES, APART):
         for number in range(2):
             device = folder / f"{node}-gpu{number}"
             os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
@@ -271,7 +274,7 @@ def cluster() -> Iterator[Cluster]:
                 wait_for((folder / "munge.socket").exists, "munge")
                 it.start("slurmctld", "slurmctld", "-D", "-c", "-f", str(folder / "slurm.conf"))
                 wait_for(lambda: _answers("scontrol", "ping"), "the controller")
-                for node in NODES:
+                for node in (*NODES, APART):
                     it.start_node(node)
                 yield it
             except TimeoutError as error:

@@ -16,6 +16,7 @@ from neuromamba.bids import INDEX_COLUMNS, index_runs, run_index
 from neuromamba.config import Dataset, build_config
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
+from neuromamba.participants import check_participants
 from neuromamba.tables import read_table
 
 
@@ -155,12 +156,15 @@ def test_the_index_on_disk(tmp_path: Path) -> None:
         add_run(tmp_path, f"sub-0{i}_task-rest", shape=(4, 4, 4) if i == 6 else (4, 4, 4, 30))
     rows = "".join(f"sub-0{i}\t{i}\n" for i in range(1, 6))
     config = config_of(tmp_path, with_table(tmp_path, rows))
+    subjects = run_index(config, "d")
     with pytest.warns(UserWarning, match="no row for 1 of 6 subjects: sub-06"):
-        run_index(config, "d")
+        check_participants(config.datasets["d"], subjects)
     table = read_table(Layout(tmp_path / "results", "d").index, dtype=str)
     assert list(table.columns) == INDEX_COLUMNS
     assert list(table["reason"].isna()) == [True] * 5 + [False]
     assert list(table["n_volumes"][:5]) == ["30"] * 5
+    whole, part = (Layout(tmp_path / "results", "d").root / name for name in ("index.tsv", "index"))
+    assert (part / "batch-0.tsv").read_text() == whole.read_text()
 
 
 def test_too_many_bad_runs_stop_the_stage(tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_a_table_about_other_subjects_is_refused(tmp_path: Path) -> None:
     add_run(tmp_path, "sub-0050649_task-rest")
     dataset = with_table(tmp_path, "50649\t1\n")
     with pytest.raises(InputError, match=r"a row for none of the 1 subjects.*leading zeros"):
-        run_index(config_of(tmp_path, dataset), "d")
+        check_participants(dataset, run_index(config_of(tmp_path, dataset), "d"))
 
 
 def test_real_derivatives(real_data: Path) -> None:

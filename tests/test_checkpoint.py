@@ -21,6 +21,7 @@ from neuromamba.checkpoint import (
 )
 from neuromamba.config import Optimiser
 from neuromamba.files import InputError
+from neuromamba.owned import OwnedFolder
 from neuromamba.runtime import TRY_AGAIN
 
 
@@ -56,10 +57,12 @@ def steps_in(folder: Path) -> list[int]:
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path, whole):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, training=failing_at(12))
-    (tmp_path / "checkpoints" / ".tmp-left-over").mkdir()
-    (tmp_path / "checkpoints" / ".tmp-last").symlink_to("step-00000010")
+    OwnedFolder(tmp_path)
+    (left,) = tmp_path.glob(".tmp-*")
+    (left / "1234-step-00000015").mkdir()
+    (left / "1234-last").symlink_to("step-00000010")
     assert_same(train(tmp_path), whole[1])
-    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_a_signal_in_a_validation_does_not_wait_for_its_end(tmp_path, whole):

@@ -10,7 +10,7 @@ from neuromamba.cli import main
 
 STAGES = ["demo-data", "index", "volumes", "tokens", "rois", "splits"]
 STAGES += ["pretrain", "finetune", "evaluate", "report", "summary"]
-STAGES += ["forecast", "embed", "export"]
+STAGES += ["forecast", "embed", "export", "verify", "estimate"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -33,7 +33,7 @@ def config(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     [
         (["index"], "data/demo"),
         (["index", "--dataset", "other"], "the config has demo; 'other' is none of them"),
-        (["volumes"], "index.tsv does not exist"),
+        (["volumes"], "index/batch-0.tsv does not exist"),
         (["volumes", "--batch", "7"], "compute.batches allows 0 to 1"),
         (["pretrain", "--model", "other"], "the config has neuromamba-tiny"),
         (["finetune", "--target", "height"], "the config has sex, age"),

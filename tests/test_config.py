@@ -183,3 +183,12 @@ def test_a_saved_config_reads_back_the_same(root: Path, base: Path, tmp_path: Pa
     config = load_config([base, root / "config" / "demo.yaml"], ["finetune.steps=3"])
     save_config(tmp_path / "config.yaml", config)
     assert load_config([tmp_path / "config.yaml"]) == config
+
+
+def test_the_processes_of_a_training_share_its_batches(base: Path):
+    compute = load_config([base], ["compute.processes=2", "compute.nodes=2"]).compute
+    assert (compute.processes, compute.nodes) == (2, 2)
+    assert "models.neuromamba-small.pretrain.batch_size (4) must be a multiple of" in problem(
+        base, "compute.processes=4", "compute.nodes=2"
+    )
+    assert "compute.nodes" in problem(base, "compute.nodes=0")

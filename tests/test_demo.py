@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from neuromamba import demo, demo_signal
-from neuromamba.bids import index_runs, read_participants
+from neuromamba.bids import index_runs
 from neuromamba.config import Dataset
 from neuromamba.demo import write_demo
 from neuromamba.demo_brain import NETWORKS, PARCELS
 from neuromamba.files import InputError, digest_file
+from neuromamba.participants import read_participants
 from neuromamba.tables import read_table
 
 SUBJECTS, VOLUMES = 4, 70

@@ -64,4 +64,4 @@ def test_twenty_kills(tmp_path):
         assert code == -signal.SIGKILL
     assert run(folder)[0] == 0
     assert_same_files(folder, tmp_path / "whole")
-    assert list((folder / "checkpoints").glob(".tmp-*")) == []
+    assert list(folder.rglob(".tmp-*")) == []

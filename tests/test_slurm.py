@@ -6,115 +6,22 @@ Jobs fail, are cut and lose their nodes; the results must be those of a quiet da
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
-from slurm_cluster import NODES, Cluster, ask, cluster, wait_for, why_not
+from fake_runs import rows
+from slurm_cluster import APART, NODES, ask, cluster, wait_for, why_not
+from slurm_site import SLOW_DISK, Job, Site, make_site
 
-from neuromamba.checkpoint import list_checkpoints, load_model_info
-from neuromamba.demo import write_demo
+from neuromamba.checkpoint import load_model_info
 from neuromamba.tables import read_table
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the workflow extra is missing")
-
-# Snakemake, but that it looks every second what became of its jobs: the plugin waits longer each
-# time, which would make most of the time of these tests.
-SNAKEMAKE = """
-import asyncio
-from snakemake.cli import main
-from snakemake_executor_plugin_slurm import Executor
-
-Executor.sleep = lambda self: asyncio.sleep(1)
-main()
-"""
-# Every bash reads this before anything else, so each job's shell tells what it was given. With the
-# threads that the profile asks for, tiny models on busy cores are ten times slower than with one.
-HOOK = """
-case "${BASH_EXECUTION_STRING-}" in *neuromamba*)
-    told="$SLURM_JOB_ID\t$SLURMD_NODENAME\t${CUDA_VISIBLE_DEVICES-none}"
-    stage=${BASH_EXECUTION_STRING#*neuromamba }
-    export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-    printf '%s\t%s\n' "$told" "${stage%% *}" >> told.tsv
-    case "$stage" in "tokens "*"--batch 1"*) if mkdir failed 2>&-; then exit 1; fi ;; esac
-esac
-"""
-TRAINING = {"steps": 2000, "log_every": 100, "validate_every": 500, "checkpoint_every": 50}
-
-
-@dataclass
-class Job:
-    """A job as it was submitted, and each start of it."""
-
-    stage: str
-    gpu: str
-    nodes: list[str]
-    state: str = ""
-    memory: str = ""
-
-
-@dataclass
-class Site:
-    """A working folder on a cluster."""
-
-    root: Path
-    folder: Path
-    cluster: Cluster
-
-    @property
-    def pretrained(self) -> Path:
-        return self.folder / "results" / "tiny" / "tiny" / "seed-0" / "pretrain"
-
-    @contextmanager
-    def snakemake(self, target: str, *configs: str) -> Iterator[subprocess.Popen[str]]:
-        """A run by the profile, which must succeed before the block is left."""
-        (self.folder / "told.tsv").unlink(missing_ok=True)
-        command = [sys.executable, "-c", SNAKEMAKE, "--profile", "slurm", target]
-        command += ["--directory", str(self.folder), "--latency-wait", "5", "--configfile"]
-        command += [str(self.folder / name) for name in ("tiny.yaml", *configs)]
-        environment = {**self.cluster.environment, "BASH_ENV": str(self.folder / "hook.sh")}
-        log = self.folder / "snakemake.log"
-        with log.open("w") as out:
-            run = subprocess.Popen(command, cwd=self.root, env=environment, stdout=out, stderr=out)
-        try:
-            yield run
-            assert run.wait(timeout=240) == 0, log.read_text()[-8000:]
-        finally:
-            if run.poll() is None:
-                run.kill()
-                run.wait()
-                ask("scancel", "--user=root")
-
-    def jobs(self) -> dict[int, Job]:
-        """The jobs of the last run, by their number."""
-        jobs: dict[int, Job] = {}
-        for line in (self.folder / "told.tsv").read_text().splitlines():
-            number, node, gpu, stage = line.split("\t")
-            jobs.setdefault(int(number), Job(stage, gpu, [])).nodes.append(node)
-        for line in (self.cluster.folder / "finished").read_text().splitlines():
-            facts = dict(re.findall(r"(\w+)=(\S*)", line))
-            if job := jobs.get(int(facts["JobId"])):
-                job.state = facts["JobState"]
-                job.memory = facts["Tres"].split("mem=")[1].split(",")[0]
-        return jobs
-
-    def wait_for_checkpoint(self) -> int:
-        """Wait until the training that runs has a regular checkpoint; the number of its job."""
-        found = self.pretrained / "checkpoints"
-        wait_for(lambda: max(list_checkpoints(found), default=0) >= 100, "a checkpoint", 90)
-        assert not (self.pretrained / "model.json").exists()
-        return max(self.jobs_so_far())
-
-    def jobs_so_far(self) -> list[int]:
-        return [int(line.split("\t")[0]) for line in (self.folder / "told.tsv").open()]
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +29,8 @@ def site(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
     """A folder in which all was made, though one of the jobs that pack tokens failed once."""
     if reason := why_not():
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("slurm")
-    shutil.copytree(root / "config", folder / "config")
-    shutil.copy(root / "tests" / "tiny-model.yaml", folder / "config" / "models" / "tiny.yaml")
-    tiny = yaml.safe_load((root / "tests" / "tiny.yaml").read_text())
-    del tiny["datasets"]["tiny"]["targets"]["age"]
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
-    long = {"pretrain": {**tiny["pretrain"], **TRAINING}}
-    (folder / "long.yaml").write_text(yaml.safe_dump(long))
-    (folder / "hook.sh").write_text(HOOK)
-    write_demo(folder / "data" / "tiny", subjects=16, volumes=24, voxel_size=8.0, seed=0)
     with cluster() as running:
-        made = Site(root, folder, running)
+        made = make_site(root, tmp_path_factory.mktemp("slurm"), running)
         with made.snakemake("all"):
             pass
         yield made
@@ -145,29 +42,55 @@ def finished(site: Site) -> list[Job]:
     return list(site.jobs().values())
 
 
+@dataclass
+class Beside:
+    """What runs beside the tests.
+
+    Attributes
+    ----------
+    long, short
+        Trainings that nothing cuts, and their results.
+    limited
+        Where a long training runs on a slow disk, with a minute for each attempt at it.
+    """
+
+    long: Callable[[], Path]
+    short: Callable[[], Path]
+    limited: Site
+
+    def weights(self) -> bytes:
+        return (self.long() / "model.safetensors").read_bytes()
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(site: Site, finished: list[Job]) -> Callable[[], bytes]:
-    """The weights of the longer training that nothing cuts; it starts beside the others."""
-    folder = site.folder.with_name("uninterrupted")
-    shutil.copytree(site.folder, folder)
-    results = folder / "results" / "tiny"
-    shutil.rmtree(results / "tiny")
-    command = [str(Path(sys.executable).parent / "neuromamba"), "pretrain", "--config"]
-    command += ["config/config.yaml", "tiny.yaml", "long.yaml"]
-    command += ["--dataset", "tiny", "--model", "tiny", "--seed", "0"]
-    run = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def beside(site: Site, finished: list[Job]) -> Iterator[Beside]:
+    limited = site.copy("limited")
+    (limited.folder / "slow-disk").mkdir()
+    (limited.folder / "slow-disk" / "sitecustomize.py").write_text(SLOW_DISK)
+    # SLURM looks every half minute, and tells those then whose turn comes before it looks again.
+    change = ["runtime=1", "slurm_extra=--signal=TERM@5", "slurm_partition=apart"]
+    options = ("--retries", "6", "--set-resources", *(f"pretrain_model:{one}" for one in change))
+    with limited.snakemake("pretrain", "long.yaml", options=options):
+        long = site.train_alone("long", "long.yaml")
+        yield Beside(long, site.train_alone("short", "short.yaml"), limited)
 
-    def weights() -> bytes:
-        assert run.wait(timeout=120) == 0
-        return (results / "tiny" / "seed-0" / "pretrain" / "model.safetensors").read_bytes()
 
-    return weights
+def assert_whole(site: Site, beside: Beside) -> None:
+    """The pretraining has the weights of the one that nothing cut, and nothing lies about."""
+    load_model_info(site.pretrained)  # checks the files against their digests
+    assert (site.pretrained / "model.safetensors").read_bytes() == beside.weights()
+    steps = [(row["step"], row["split"]) for row in rows(site.pretrained)]
+    assert steps == [(row["step"], row["split"]) for row in rows(beside.long())]
+    left = {path.name for path in site.pretrained.iterdir()}
+    assert {name for name in left if not name.endswith(".key.json")} == {
+        "model.json",
+        "model.safetensors",
+        "last.safetensors",
+        "metrics.jsonl",
+    }
+
+
+# --- A quiet day, but for one job -----------------------------------------------------------------
 
 
 def test_everything_is_made(site: Site, finished: list[Job]):
@@ -197,26 +120,33 @@ def test_a_job_that_failed_is_tried_again_with_more_memory_and_the_others_are_no
     others = [job for job in finished if job.stage != "tokens"]
     assert {job.state for job in others} == {"COMPLETED"}
     assert all(len(job.nodes) == 1 for job in finished)
-    assert len(others) == len({"index", "splits", "pretrain", "finetune", "evaluate", "report"}) + 4
+    batched = {job.stage for job in others if job.stage in ("volumes", "rois")}
+    assert len(others) == len({job.stage for job in others}) + len(batched)
 
 
-def test_a_training_that_is_told_to_stop_is_continued_to_the_same_bits(
-    site: Site, uninterrupted: Callable[[], bytes]
-):
+# --- Trainings that are cut -----------------------------------------------------------------------
+
+
+def test_a_training_that_is_told_to_stop_is_continued_to_the_same_bits(site: Site, beside: Beside):
     with site.snakemake("pretrain", "long.yaml"):
         number = site.wait_for_checkpoint()
         # What `--signal=TERM@120` in the profile does when the time is nearly up.
         ask("scancel", "--signal=TERM", str(number))
-    assert [job.state for job in site.jobs().values()] == ["FAILED", "COMPLETED"]
-    (told,) = site.folder.glob(f".snakemake/slurm_logs/rule_pretrain_model/*/{number}.log")
-    assert "told to stop after step" in told.read_text()
-    assert (site.pretrained / "model.safetensors").read_bytes() == uninterrupted()
+    jobs = site.jobs()
+    assert [job.state for job in jobs.values()] == ["FAILED", "COMPLETED"]
+    assert_whole(site, beside)
+    # The log has both attempts.
+    first, second = site.log().split("--- ")[-2:]
+    assert f"SLURM job {number}\n" in first
+    assert "told to stop after step" in first
+    assert f"SLURM job {max(jobs)}\n" in second
+    assert "told to stop" not in second
 
 
 def test_the_work_of_a_node_that_dies_is_done_by_another_to_the_same_bits(
-    site: Site, uninterrupted: Callable[[], bytes]
+    site: Site, beside: Beside
 ):
-    shutil.rmtree(site.pretrained, ignore_errors=True)
+    shutil.rmtree(site.pretrained)
     with site.snakemake("pretrain", "long.yaml"):
         number = site.wait_for_checkpoint()
         lost = site.jobs()[number].nodes[0]
@@ -225,23 +155,85 @@ def test_the_work_of_a_node_that_dies_is_done_by_another_to_the_same_bits(
     (job,) = site.jobs().values()
     assert job.nodes == [lost, *{*NODES} - {lost}]
     assert job.state == "COMPLETED"
-    assert (site.pretrained / "model.safetensors").read_bytes() == uninterrupted()
+    assert_whole(site, beside)
     site.cluster.start_node(lost)
 
 
-def test_a_training_that_lives_on_where_its_node_was_given_up_spoils_nothing(
-    site: Site, uninterrupted: Callable[[], bytes]
+def test_a_training_that_lives_on_where_its_node_was_given_up_leaves_the_folder_to_its_successor(
+    site: Site, beside: Beside
 ):
-    """Two trainings then use one folder: either may end the other, and trying again mends that."""
-    shutil.rmtree(site.pretrained, ignore_errors=True)
+    shutil.rmtree(site.pretrained)
     with site.snakemake("pretrain", "long.yaml"):
         number = site.wait_for_checkpoint()
-        lost = site.jobs()[number].nodes[0]
+        lost, before = site.jobs()[number].nodes[0], site.owners()
+        training = site.put_to_sleep(number)
         site.cluster.kill_slurmd(lost)
         site.cluster.give_up(lost)
-    jobs = list(site.jobs().values())
-    assert jobs[0].nodes[0] == lost
-    assert jobs[-1].nodes[-1] != lost
-    assert jobs[-1].state == "COMPLETED"
-    assert (site.pretrained / "model.safetensors").read_bytes() == uninterrupted()
-    load_model_info(site.pretrained)  # checks the files against their digests
+        wait_for(lambda: bool(site.owners() - before), "the successor", 60)
+        os.kill(training, signal.SIGCONT)
+    wait_for(lambda: not Path(f"/proc/{training}").exists(), "the end of the older training")
+    (job,) = site.jobs().values()
+    assert job.nodes == [lost, *{*NODES} - {lost}]
+    assert job.state == "COMPLETED"
+    assert site.log().count("a later process has taken this folder over") == 1
+    assert_whole(site, beside)
+    site.cluster.start_node(lost)
+
+
+def test_a_workflow_that_is_cut_short_is_started_again(site: Site, beside: Beside):
+    """By Ctrl-C, which cancels its jobs, and by a kill, after which they live on.
+
+    One of these sleeps until all is done, and then finds that it has a successor.
+    """
+    shutil.rmtree(site.pretrained)
+    with site.snakemake("pretrain", "long.yaml", status=1) as run:
+        cancelled = site.wait_for_checkpoint()
+        run.send_signal(signal.SIGINT)
+    wait_for(lambda: not is_there(cancelled), "the end of the job")
+    with site.snakemake("pretrain", "long.yaml", status=-signal.SIGKILL) as run:
+        number = site.wait_for_checkpoint(steps=200)
+        training = site.put_to_sleep(number)
+        run.kill()
+    site.ask_snakemake("pretrain", "--unlock")
+    with site.snakemake("pretrain", "long.yaml"):
+        pass
+    assert [job.state for job in site.jobs().values()] == ["COMPLETED"]
+    assert_whole(site, beside)
+    os.kill(training, signal.SIGCONT)
+    wait_for(lambda: not is_there(number), "the end of the job")
+    assert "a later process has taken this folder over" in site.log()
+    assert_whole(site, beside)
+    assert "Nothing to be done" in site.ask_snakemake("pretrain", "--dry-run")
+
+
+def is_there(job: int) -> bool:
+    """Whether a job still runs."""
+    return str(job) in ask("squeue", "--noheader", "--format", "%i").split()
+
+
+def test_a_training_on_two_nodes_is_the_same_one_to_rounding(site: Site, beside: Beside):
+    """And all its processes stop when they are told to, and are continued."""
+    two = site.copy("two")
+    with two.snakemake("pretrain", "two-nodes.yaml"):
+        number = two.wait_for_checkpoint(steps=50)
+        ask("scancel", "--signal=TERM", str(number))
+    jobs = list(two.jobs().values())
+    assert [job.state for job in jobs] == ["FAILED", "COMPLETED"]
+    assert {job.allocated for job in jobs} == {"n[1-2]"}
+    assert two.log().count("told to stop after step") == 1
+    together, alone = rows(two.pretrained), rows(beside.short())
+    assert [row["step"] for row in together] == [row["step"] for row in alone]
+    for row, other in zip(together, alone, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3), row["step"]
+    assert load_model_info(two.pretrained)["processes"] == 2
+
+
+def test_a_training_is_cut_by_its_time_limit_and_continued_to_the_same_bits(beside: Beside):
+    limited = beside.limited
+    wait_for((limited.pretrained / "model.json").exists, "the end of the training", 240)
+    wait_for(lambda: not any(is_there(job) for job in limited.jobs()), "the end of its job")
+    *cut, last = limited.jobs().values()
+    assert {(job.state, job.limit, job.allocated) for job in cut} == {("FAILED", "1", APART)}
+    assert (last.state, last.limit) == ("COMPLETED", "1")
+    assert limited.log().count("told to stop after step") == len(cut) >= 1
+    assert_whole(limited, beside)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from neuromamba.files import InputError
-from neuromamba.stage import process_runs, runs_of_batch, usable_runs
+from neuromamba.stage import batch_of, process_runs, usable_runs
 from neuromamba.tables import read_table
 
 
-def test_batches_share_all_runs_evenly():
-    runs = [f"sub-{k:02d}" for k in range(11)]
-    batches = [runs_of_batch(runs, k, 3) for k in range(3)]
-    assert sorted(run for batch in batches for run in batch) == runs
-    assert {len(batch) for batch in batches} <= {3, 4}
+def test_batches_are_of_like_size_and_a_subject_stays_in_its_own():
+    subjects = [f"sub-{k:05d}" for k in range(2000)]
+    sizes = Counter(batch_of(subject, 8) for subject in subjects)
+    assert sorted(sizes) == list(range(8))
+    assert 200 < min(sizes.values()) <= max(sizes.values()) < 300
+    assert batch_of("sub-00007", 8) == 2  # for good, or finished datasets would be cut anew
 
 
 def make(run: str) -> dict[str, object]:

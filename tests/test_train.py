@@ -20,6 +20,7 @@ from fake_runs import (
     write_dataset,
 )
 
+from neuromamba import pretrain
 from neuromamba.checkpoint import load_model_info
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
@@ -170,6 +171,22 @@ def test_a_finished_pretraining_is_left_as_it_is(tmp_path, fake, capsys):
     run_pretrain(config, "fake", "tiny", 0)
     assert weights.stat().st_mtime_ns == before
     assert "up to date" in capsys.readouterr().err
+
+
+def test_a_pretraining_that_has_just_been_finished_by_another_process(
+    tmp_path, fake, monkeypatch, capsys
+):
+    config = make_config(tmp_path)
+    run_pretrain(config, "fake", "tiny", 0)
+    folder = Layout(tmp_path / "results", "fake").pretrain("tiny", 0)
+    before = (folder / "model.json").stat().st_mtime_ns
+    looks = iter([False])  # the model was not there yet at the first look
+    there = pretrain.already_there
+    monkeypatch.setattr(pretrain, "already_there", lambda *told: next(looks, True) and there(*told))
+    run_pretrain(config, "fake", "tiny", 0)
+    assert (folder / "model.json").stat().st_mtime_ns == before
+    assert "up to date" in capsys.readouterr().err
+    assert not list(folder.glob(".tmp-*"))
 
 
 def test_a_finished_pretraining_of_other_settings(tmp_path, fake):

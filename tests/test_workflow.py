@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -92,31 +93,125 @@ def test_a_changed_comment_reruns_nothing(folder: Path, root: Path):
     assert planned_jobs(folder, root) == {}
 
 
+BELOW_EVALUATE = {"evaluate_model": 2, "score_model": 1, "report": 1, "all": 1}
+BELOW_FINETUNE = {"finetune_model": 2, **BELOW_EVALUATE}
+BELOW_TOKENS = {"list_excluded": 1, "split_dataset": 1, "pretrain_model": 1, **BELOW_FINETUNE}
+
+
 @pytest.mark.parametrize(
     ("setting", "rules"),
     [
-        ("evaluate={bootstrap: 60}", {"evaluate_model": 2}),
-        ("finetune={learning_rate: 0.01}", {"finetune_model": 2, "evaluate_model": 2}),
-        (
-            "pretrain={weight_decay: 0.1}",
-            {"pretrain_model": 1, "finetune_model": 2, "evaluate_model": 2},
-        ),
-        (
-            "tokens={brain_fraction: 0.2}",
-            {
-                "tokens_batch": 2,
-                "split_dataset": 1,
-                "pretrain_model": 1,
-                "finetune_model": 2,
-                "evaluate_model": 2,
-            },
-        ),
+        ("evaluate={bootstrap: 60}", BELOW_EVALUATE),
+        ("finetune={learning_rate: 0.01}", BELOW_FINETUNE),
+        ("pretrain={weight_decay: 0.1}", {"pretrain_model": 1, **BELOW_FINETUNE}),
+        ("tokens={brain_fraction: 0.2}", {"tokens_batch": 2, **BELOW_TOKENS}),
+        ("compute={max_excluded: 0.5, device: auto}", {}),
     ],
 )
 def test_a_changed_setting_reruns_its_stage_and_those_below(
     folder: Path, root: Path, setting: str, rules: dict[str, int]
 ):
-    assert planned_jobs(folder, root, "--config", setting) == {**rules, "report": 1, "all": 1}
+    assert planned_jobs(folder, root, "--config", setting) == rules
+
+
+def test_new_dates_and_no_history_rerun_nothing(folder: Path, root: Path):
+    paths = [
+        path for path in folder.rglob("*") if path.is_file() and ".snakemake" not in path.parts
+    ]
+    for number, path in enumerate(sorted(paths, reverse=True)):
+        os.utime(path, (1e9 + number, 1e9 + number))
+    assert planned_jobs(folder, root) == {}
+
+
+def test_scans_that_are_elsewhere_rerun_nothing(folder: Path, root: Path):
+    (folder / "data").rename(folder / "archive")
+    assert planned_jobs(folder, root) == {}
+    (folder / "archive").rename(folder / "data")
+
+
+def test_what_is_forced_takes_what_is_below_with_it(folder: Path, root: Path):
+    assert planned_jobs(folder, root, "--forcerun", "tokens_batch") == {
+        "tokens_batch": 2,
+        **BELOW_TOKENS,
+    }
+    file = "results/tiny/tiny/seed-0/finetune/sex/model.json"
+    assert planned_jobs(folder, root, "--forcerun", file) == {
+        **BELOW_FINETUNE,
+        "finetune_model": 1,
+        "evaluate_model": 1,
+    }
+    assert planned_jobs(folder, root, "--forceall")["index_dataset"] == 1
+
+
+def test_a_file_that_is_asked_for_by_its_name_is_made_with_what_it_needs(folder: Path, root: Path):
+    file = "results/tiny/tiny/seed-0/pretrain/model.json"
+    done = snakemake(folder, root, file, "--dry-run", "--config", "pretrain={weight_decay: 0.1}")
+    assert done.returncode == 0, done.stderr
+    assert "pretrain was" not in done.stdout
+    assert "model.pretrain.weight_decay was 0.05, is 0.1" in done.stdout + done.stderr
+    assert re.search(r"^total +1$", done.stdout + done.stderr, re.MULTILINE)
+
+
+def add_subject(folder: Path, name: str, like: str) -> None:
+    """Copy the scans of a subject under another name."""
+    source = folder / "data" / "tiny" / like
+    for path in sorted(source.rglob("*.*")):
+        copy = source.with_name(name) / path.relative_to(source).with_name(
+            path.name.replace(like, name)
+        )
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+
+def test_a_subject_that_is_added_is_processed_and_trains_nothing_until_told(
+    folder: Path, root: Path
+):
+    weights = folder / "results/tiny/tiny/seed-0/pretrain/model.safetensors"
+    before, store = weights.read_bytes(), folder / "results/tiny/tokens/sub-02_task-rest.zarr"
+    made = store.stat().st_ino
+    add_subject(folder, "sub-99", "sub-03")
+    data_jobs = {
+        "index_dataset": 1,
+        "volumes_batch": 1,
+        "tokens_batch": 1,
+        "rois_batch": 1,
+        "list_excluded": 1,
+    }
+    reports = {"score_model": 1, "report": 1, "all": 1}
+    assert planned_jobs(folder, root) == {**data_jobs, **reports}
+    assert planned_jobs(folder, root, "--config", "evaluate={bootstrap: 60}") == {
+        **data_jobs,
+        **reports,
+        "evaluate_model": 2,
+    }
+    done = snakemake(folder, root, "all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert planned_jobs(folder, root) == {}
+    assert (folder / "results/tiny/tokens/sub-99_task-rest.zarr").exists()
+    assert store.stat().st_ino == made
+    assert weights.read_bytes() == before
+    told = snakemake(folder, root, "all", "--dry-run").stdout
+    assert "no training uses the subjects that came after the split was made: sub-99" in told
+    (folder / "results/tiny/splits/holdout.tsv").rename(folder / "old.tsv")
+    assert planned_jobs(folder, root)["pretrain_model"] == 1
+    (folder / "old.tsv").rename(folder / "results/tiny/splits/holdout.tsv")
+
+
+def test_a_scan_that_is_replaced_is_processed_and_trains_anew(folder: Path, root: Path):
+    split = read_table(folder / "results/tiny/splits/holdout.tsv")["subject"]
+    used, unused = split[0], "sub-99"
+    scans = {
+        name: next((folder / "data/tiny" / name).rglob("*_desc-preproc_bold.nii.gz"))
+        for name in (used, unused)
+    }
+    kept = {name: path.read_bytes() for name, path in scans.items()}
+    scans[unused].write_bytes(kept[used])
+    assert "pretrain_model" not in planned_jobs(folder, root)
+    scans[unused].write_bytes(kept[unused])
+    scans[used].write_bytes(kept[unused])
+    assert planned_jobs(folder, root)["pretrain_model"] == 1
+    scans[used].write_bytes(kept[used])
+    assert planned_jobs(folder, root) == {}
 
 
 def test_a_changed_fine_tuning_setting_is_carried_out(folder: Path, root: Path):

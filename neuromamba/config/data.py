@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
 """A name that becomes a folder: letters, digits, dots and hyphens."""
+Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]+$")]
+"""A path that becomes part of the jobs' commands, so without spaces and variables."""
 
 
 class Section(BaseModel):

@@ -10,7 +10,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from neuromamba.config.data import Dataset, Fraction, Name, Rois, Section, Splits, Tokens, Volumes
+from neuromamba.config.data import (
+    Dataset,
+    Folder,
+    Fraction,
+    Name,
+    Rois,
+    Section,
+    Splits,
+    Tokens,
+    Volumes,
+)
 from neuromamba.files import InputError
 
 # --- Training and evaluation --------------------------------------------------------------------
@@ -76,13 +86,20 @@ class Forecast(Section):
 
 
 class Compute(Section):
-    """How the work is cut into jobs and where it runs; results depend on it by rounding alone."""
+    """How the work is cut into jobs and where it runs; results depend on it by rounding alone.
+
+    `processes` (on each node, one for each of its GPUs) and `nodes` are those of a training;
+    `container` is the image that jobs run in with Snakemake's `--sdm apptainer`.
+    """
 
     batches: PositiveInt = 1
     max_excluded: Fraction = 0.2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "torch", "mamba-ssm"] = "auto"
     compile: bool = False
+    processes: PositiveInt = 1
+    nodes: PositiveInt = 1
+    container: str = "neuromamba.sif"
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -159,7 +176,8 @@ class Scaling(Section):
 class Config(Section):
     """A whole run: datasets x models x seeds, and the settings of every stage."""
 
-    results: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]+$")] = "results"
+    results: Folder = "results"
+    arrays: Folder | None = None
     datasets: dict[Name, Dataset] = Field(min_length=1)
     models: dict[Name, Model] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
@@ -228,6 +246,19 @@ class Config(Section):
                     f"{place}.pretrain.mixture is {mixture!r}, which is not among `mixtures` "
                     f"({', '.join(self.mixtures) or 'none is defined'})"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_can_share_a_batch(self) -> Config:
+        together = self.compute.processes * self.compute.nodes
+        for place, model in self._every_model():
+            for stage in ("pretrain", "finetune"):
+                size = getattr(model, stage).batch_size
+                if size % together:
+                    raise ValueError(
+                        f"{place}.{stage}.batch_size ({size}) must be a multiple of "
+                        f"compute.processes x compute.nodes ({together}), which share each batch"
+                    )
         return self
 
     @model_validator(mode="after")

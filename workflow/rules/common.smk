@@ -1,17 +1,26 @@
-"""What the rules share: the checked config, the names that wildcards may take, and parameters.
+"""What the rules share: the checked config, the names that wildcards may take, and what is stale.
 
 The config is checked by the package's own schema, so a wrong key stops the workflow before any job.
-A rule's `params` hold exactly the settings that its result depends on: Snakemake reruns a rule when
-its parameters change, so a key that is not among them cannot cause a rerun.
+
+Whether a job has to run is told by `neuromamba.keys`, from the records that lie beside the results:
+by what they were made from, not by dates, which say nothing after a `git checkout`, `dvc pull` or
+`rsync`. All inputs of a job that is current are therefore `ancient`; one that is stale has one more
+input, a file that is new at every start. The default profile restricts Snakemake to this.
 """
 
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
+from uuid import uuid4
+
+from snakemake.logging import logger
 
 from neuromamba.config import build_config, save_config
-from neuromamba.files import InputError
+from neuromamba.files import InputError, write_text
+from neuromamba.keys import FOLLOWS, NOT_MADE, Keys
+from neuromamba.stages import Job, all_jobs, jobs_before, output_of
 
 try:
     # What stands on the command line outranks the models' own files; the rest does not.
@@ -27,19 +36,65 @@ except InputError as error:
     raise WorkflowError(str(error)) from None
 
 # `neuromamba` is found also where Snakemake was started from an environment that is not active.
-os.environ["PATH"] = os.pathsep.join(
-    [str(Path(sys.executable).parent), os.environ["PATH"]]
+# The second is for envs/neuromamba.post-deploy.sh, of which Snakemake runs a copy elsewhere.
+os.environ.update(
+    PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    NEUROMAMBA_SOURCE=str(
+        Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parents[1]
+    ),
 )
+
+
+# The image that jobs run in with `--sdm apptainer`; without it this says nothing.
+container: CONFIG.compute.container
+
 
 ROOT = f"{CONFIG.results}/{{dataset}}"
 MODEL = f"{ROOT}/{{model}}/seed-{{seed}}"
 RUN = f"--config {ROOT}/config.yaml --dataset {{dataset}}"
 TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
-BATCHES = range(CONFIG.compute.batches)
-# What a training prints goes to the screen and to its log. All processes of a cluster's job are told
-# to stop, and only the training needs time for it: with `exec` before it, it takes the place of the
-# shell, for whose end Snakemake waits, and the `tee` that it writes to stays as long as it does.
-LOGGED = " > >(trap '' INT TERM USR1; exec tee {log}) 2>&1"
+SCALING = sorted(CONFIG.scaling.models or CONFIG.models)
+# The rule that runs the jobs of each stage of `neuromamba.stages`.
+RULES = {
+    "index": "index_dataset",
+    "volumes": "volumes_batch",
+    "tokens": "tokens_batch",
+    "rois": "rois_batch",
+    "excluded": "list_excluded",
+    "splits": "split_dataset",
+    "pretrain": "pretrain_model",
+    "finetune": "finetune_model",
+    "evaluate": "evaluate_model",
+    "scores": "score_model",
+    "report": "report",
+    "forecast": "forecast_model",
+    "cell": "pretrain_cell",
+    "scaling": "fit_scaling",
+}
+# What a training prints goes to the screen, to its log, and to `<log>.all`: Snakemake removes the log
+# before the next attempt, and that of one that failed is the first thing to read.
+# All processes of a cluster's job are told to stop, and only the training needs time for it: with
+# `exec` before it, it takes the place of the shell, for whose end Snakemake waits, and the `tee` that
+# it writes to stays as long as it does.
+LOGGED = (
+    " > >(trap '' INT TERM USR1;"
+    " echo \"--- $(date '+%F %T') on ${{SLURMD_NODENAME-$HOSTNAME}}"
+    '${{SLURM_JOB_ID+, SLURM job $SLURM_JOB_ID}}" >> {log}.all;'
+    " exec tee -a {log} {log}.all) 2>&1"
+)
+
+# What a training gets on a cluster, which the cluster's profile may change. For several nodes it
+# starts `srun` itself, of which Snakemake knows by `mpi`.
+TOGETHER = {"gpu": CONFIG.compute.processes if CONFIG.compute.device != "cpu" else 0}
+if CONFIG.compute.nodes > 1:
+    TOGETHER = {
+        "nodes": CONFIG.compute.nodes,
+        "tasks": CONFIG.compute.nodes,
+        "mpi": "srun",
+    }
+    if CONFIG.compute.device != "cpu":
+        # Of each node. Without the second one, the plugin would start `tasks` for each GPU.
+        TOGETHER |= {"gres": f"gpu:{CONFIG.compute.processes}", "tasks_per_gpu": 0}
 
 
 wildcard_constraints:
@@ -52,100 +107,84 @@ wildcard_constraints:
 
 onstart:
     # The jobs read the merged config from here. It is no rule's input, because a new date on it
-    # says nothing about which settings changed; that is what `params` are for.
+    # says nothing about which settings changed.
     for name in [*CONFIG.datasets, *CONFIG.mixtures]:
         save_config(f"{CONFIG.results}/{name}/config.yaml", CONFIG)
 
 
-def of_dataset(*keys):
-    """A parameter function: these keys of the wildcard's dataset section."""
-
-    def values(wildcards):
-        section = CONFIG.datasets[wildcards.dataset].model_dump(mode="json")
-        return {key: section[key] for key in keys}
-
-    return values
+KEYS = Keys(CONFIG)
+CHANGED = ".snakemake/changed"
+TOLD = set()
+if workflow.is_main_process:
+    write_text(CHANGED, uuid4().hex)
 
 
-def of_model(*keys, drop=()):
-    """A parameter function: these keys (or all but `drop`) of the wildcard's model section."""
+def needs(stage):
+    """An input function: the results that a job of a stage works on (see `neuromamba.stages`)."""
 
-    def values(wildcards):
-        section = CONFIG.models[wildcards.model].model_dump(mode="json")
-        return {key: section[key] for key in keys or section if key not in drop}
+    def files(wildcards):
+        kinds = {"batch": int, "seed": int, "fraction": float}
+        job = Job(
+            stage,
+            **{key: kinds.get(key, str)(wildcards[key]) for key in wildcards.keys()},
+        )
+        before = [str(output_of(CONFIG, one)) for one in jobs_before(CONFIG, job)]
+        if not workflow.is_main_process:
+            return before  # this process only runs the job
+        if KEYS.is_stale(job):
+            _tell(job)
+            return [*before, CHANGED]
+        if workflow.dag_settings.forceall or _is_below_forced(job):
+            return before
+        # The result would stay the same, so no job before it that has to run may make it run.
+        return [] if KEYS.is_below_stale(job) else [ancient(file) for file in before]
 
-    return values
-
-
-def existing(path):
-    """The path, if it is set and exists; a missing one is reported by the stage, with the cure."""
-    return [path] if path and Path(path).exists() else []
-
-
-def starting_weights(model):
-    """The record of the weights that a model's pretraining starts from, if it names some."""
-    folder = CONFIG.models[model].pretrain.init_from
-    return existing(folder and f"{folder}/model.json")
-
-
-def participants_file(dataset):
-    """The dataset's table of subjects, if it names one."""
-    participants = CONFIG.datasets[dataset].participants
-    return participants.file if participants else None
+    return files
 
 
-def all_batches(stage):
-    """The manifests of all batch jobs of one dataset's stage."""
-    return expand(
-        f"{ROOT}/{stage}/batch-{{batch}}.tsv", batch=BATCHES, allow_missing=True
+@cache
+def _is_below_forced(job):
+    """Whether a job comes after one that `--forcerun` names by its rule or its file."""
+    return any(
+        RULES[one.stage] in workflow.dag_settings.forcerun
+        or str(output_of(CONFIG, one)) in workflow.dag_settings.forcerun
+        or _is_below_forced(one)
+        for one in jobs_before(CONFIG, job)
     )
 
 
-def of_members(paths):
-    """An input function: these paths of the wildcard's dataset, or of all members of a mixture."""
-    return lambda wildcards: expand(paths, dataset=CONFIG.members(wildcards.dataset))
+def _tell(job):
+    """Say once why jobs of a kind have to run; Snakemake itself would say `updated input files`."""
+    reason = KEYS.why(job)
+    if reason not in (FOLLOWS, NOT_MADE) and (job.stage, reason) not in TOLD:
+        TOLD.add((job.stage, reason))
+        logger.info(f"{job}: {reason}")
 
 
-def all_datasets(paths):
-    """Paths with a `dataset` wildcard, for every dataset."""
-    return expand(paths, dataset=CONFIG.datasets)
+JOBS = all_jobs(CONFIG)
 
 
-def all_models(path):
-    """One file of every dataset, model and seed, where pretraining puts it."""
-    return [
-        file
-        for dataset in CONFIG.datasets
-        for model in CONFIG.models
-        for file in expand(
-            f"{MODEL}/{path}",
-            dataset=CONFIG.pretrained_on(dataset, model),
-            model=model,
-            seed=CONFIG.seeds,
-        )
-    ]
+if workflow.is_main_process:
+    for dataset in CONFIG.datasets:
+        if new := KEYS.came_later(dataset):
+            logger.warning(
+                f"{dataset}: no training uses the subjects that came after the split was made: "
+                f"{', '.join(new[:5])}{', ...' if len(new) > 5 else ''} ({len(new)} in all). To "
+                f"split and train anew, remove {CONFIG.results}/{dataset}/splits/holdout.tsv"
+            )
 
 
-def pretrained(wildcards):
-    """An input function: the pretraining that the models of the wildcard's dataset start from."""
-    return expand(
-        f"{MODEL}/pretrain/model.json",
-        dataset=CONFIG.pretrained_on(wildcards.dataset, wildcards.model),
-        model=wildcards.model,
-        seed=wildcards.seed,
-    )
+def all_of(stage):
+    """The results of all jobs of a stage that the report rests on."""
+    return [str(output_of(CONFIG, job)) for job in JOBS if job.stage == stage]
 
 
-def all_targets(path):
-    """One file of every dataset, model, seed and target; `path` holds the wildcard `target`."""
-    return [
-        file
-        for name, dataset in CONFIG.datasets.items()
-        for file in expand(
-            f"{MODEL}/{path}",
-            dataset=name,
-            model=CONFIG.models,
-            seed=CONFIG.seeds,
-            target=dataset.targets,
-        )
-    ]
+def all_studies(wildcards):
+    """The fit of every dataset, or of the mixture that the study's models are trained on."""
+    study = CONFIG.study()
+    where = {
+        study.pretrained_on(dataset, model): None
+        for dataset in study.datasets
+        for model in study.models
+    }
+    return expand(f"{ROOT}/scaling/fit.json", dataset=where)

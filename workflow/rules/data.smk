@@ -1,22 +1,22 @@
 rule index_dataset:
     """List the runs of a dataset's derivatives, with their masks and confounds."""
     input:
-        lambda wildcards: existing(CONFIG.datasets[wildcards.dataset].derivatives),
+        needs("index"),
     output:
         f"{ROOT}/index.tsv",
+        expand(
+            f"{ROOT}/index/batch-{{batch}}.tsv",
+            batch=range(CONFIG.compute.batches),
+            allow_missing=True,
+        ),
     log:
         f"logs/{ROOT}/index.log",
+    benchmark:
+        f"logs/{ROOT}/index.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     params:
         run=RUN,
-        dataset=of_dataset(
-            "derivatives",
-            "space",
-            "resolution",
-            "entities",
-            "files",
-            "repetition_time",
-            "exclude",
-        ),
     shell:
         "neuromamba index {params.run} 2>&1 | tee {log}"
 
@@ -24,18 +24,17 @@ rule index_dataset:
 rule volumes_batch:
     """Resample the runs of one batch to the common grid."""
     input:
-        rules.index_dataset.output,
+        needs("volumes"),
     output:
         f"{ROOT}/volumes/batch-{{batch}}.tsv",
     log:
         f"logs/{ROOT}/volumes/batch-{{batch}}.log",
     benchmark:
         f"logs/{ROOT}/volumes/batch-{{batch}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     params:
         run=RUN,
-        volumes=CONFIG.volumes.model_dump(mode="json"),
-        time_patch=CONFIG.tokens.time_patch,
-        batches=CONFIG.compute.batches,
     shell:
         "neuromamba volumes {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
 
@@ -43,16 +42,17 @@ rule volumes_batch:
 rule tokens_batch:
     """Index the brain patches of the runs of one batch, and pack their values."""
     input:
-        rules.volumes_batch.output,
+        needs("tokens"),
     output:
         f"{ROOT}/tokens/batch-{{batch}}.tsv",
     log:
         f"logs/{ROOT}/tokens/batch-{{batch}}.log",
     benchmark:
         f"logs/{ROOT}/tokens/batch-{{batch}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     params:
         run=RUN,
-        tokens=CONFIG.tokens.model_dump(mode="json"),
     shell:
         "neuromamba tokens {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
 
@@ -60,38 +60,62 @@ rule tokens_batch:
 rule rois_batch:
     """Average the runs of one batch over regions, and correlate the regions."""
     input:
-        rules.volumes_batch.output,
-        lambda wildcards: existing(CONFIG.datasets[wildcards.dataset].atlas),
+        needs("rois"),
     output:
         f"{ROOT}/rois/batch-{{batch}}.tsv",
     log:
         f"logs/{ROOT}/rois/batch-{{batch}}.log",
     benchmark:
         f"logs/{ROOT}/rois/batch-{{batch}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     params:
         run=RUN,
-        dataset=of_dataset("atlas"),
-        rois=CONFIG.rois.model_dump(mode="json"),
     shell:
         "neuromamba rois {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
 
 
-rule split_dataset:
-    """Assign subjects to training, validation and test; list what was left out on the way."""
+rule list_excluded:
+    """List the runs that were left out on the way, with the reasons."""
     input:
-        rules.index_dataset.output,
-        all_batches("volumes"),
-        all_batches("tokens"),
-        all_batches("rois"),
-        lambda wildcards: existing(participants_file(wildcards.dataset)),
+        needs("excluded"),
     output:
-        split=f"{ROOT}/splits/holdout.tsv",
-        excluded=f"{ROOT}/excluded.tsv",
+        report(
+            f"{ROOT}/excluded.tsv",
+            caption="../report/excluded.rst",
+            category="Data",
+            subcategory="{dataset}",
+        ),
     log:
-        f"logs/{ROOT}/splits.log",
+        f"logs/{ROOT}/excluded.log",
+    benchmark:
+        f"logs/{ROOT}/excluded.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     params:
         run=RUN,
-        dataset=of_dataset("participants", "targets"),
-        splits=CONFIG.splits.model_dump(mode="json"),
+    shell:
+        "neuromamba excluded {params.run} 2>&1 | tee {log}"
+
+
+rule split_dataset:
+    """Assign subjects to training, validation and test."""
+    input:
+        needs("splits"),
+    output:
+        report(
+            f"{ROOT}/splits/holdout.tsv",
+            caption="../report/splits.rst",
+            category="Data",
+            subcategory="{dataset}",
+        ),
+    log:
+        f"logs/{ROOT}/splits.log",
+    benchmark:
+        f"logs/{ROOT}/splits.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
+    params:
+        run=RUN,
     shell:
         "neuromamba splits {params.run} 2>&1 | tee {log}"

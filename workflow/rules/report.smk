@@ -1,14 +1,38 @@
+rule score_model:
+    """Put the metrics and loss curves of a model in the form that DVC and others read."""
+    input:
+        needs("scores"),
+    output:
+        f"{CONFIG.results}/scores/{{dataset}}/{{model}}/seed-{{seed}}/metrics.json",
+    log:
+        f"logs/{MODEL}/scores.log",
+    benchmark:
+        f"logs/{MODEL}/scores.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
+    params:
+        run=TRAINING,
+    shell:
+        "neuromamba scores {params.run} 2>&1 | tee {log}"
+
+
 rule report:
     """Put data, training and results of everything on one page."""
     input:
-        all_datasets(f"{ROOT}/excluded.tsv"),
-        all_models("pretrain/model.json"),
-        all_targets("evaluate/{target}/metrics.tsv"),
+        needs("report"),
     output:
-        f"{CONFIG.results}/report/index.html",
+        report(
+            f"{CONFIG.results}/report/index.html",
+            caption="../report/report.rst",
+            category="Result",
+        ),
     log:
         f"logs/{CONFIG.results}/report.log",
+    benchmark:
+        f"logs/{CONFIG.results}/report.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     params:
-        config=all_datasets(f"{ROOT}/config.yaml")[0],
+        config=f"{CONFIG.results}/{next(iter(CONFIG.datasets))}/config.yaml",
     shell:
         "neuromamba report --config {params.config} 2>&1 | tee {log}"

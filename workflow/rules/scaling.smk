@@ -2,37 +2,12 @@
 # `all`; ask for it by `snakemake scaling`.
 
 CELL = f"{ROOT}/scaling/{{model}}/fraction-{{fraction}}/seed-{{seed}}"
-STUDIED = CONFIG.scaling.models or CONFIG.models
-
-
-def all_cells(wildcards):
-    """The finished trainings of one dataset's study."""
-    study = CONFIG.study()
-    return expand(
-        f"{CELL}/model.json",
-        dataset=wildcards.dataset,
-        model=study.models,
-        fraction=[f"{fraction:g}" for fraction in study.scaling.fractions],
-        seed=study.seeds,
-    )
-
-
-def all_studies(wildcards):
-    """The fit of every dataset, or of the mixture that the study's models are trained on."""
-    study = CONFIG.study()
-    where = {
-        study.pretrained_on(dataset, model): None
-        for dataset in study.datasets
-        for model in study.models
-    }
-    return expand(f"{ROOT}/scaling/fit.json", dataset=where)
 
 
 rule pretrain_cell:
     """Train one model without labels on a share of the training subjects."""
     input:
-        split=of_members(rules.split_dataset.output.split),
-        tokens=of_members(all_batches("tokens")),
+        needs("cell"),
     output:
         f"{CELL}/model.json",
     log:
@@ -40,37 +15,42 @@ rule pretrain_cell:
     benchmark:
         f"logs/{CELL}.benchmark.tsv"
     wildcard_constraints:
-        model="|".join(map(re.escape, STUDIED)),
+        model="|".join(map(re.escape, SCALING)),
         fraction=r"[0-9.e-]+",
-    threads: 8
+    conda:
+        "../../envs/neuromamba.yaml"
+    threads: 8 * CONFIG.compute.processes
+    resources:
+        **TOGETHER,
     params:
         run=TRAINING,
-        model=lambda wildcards: STUDIED[wildcards.model].model_dump(
-            mode="json", exclude={"finetune"}
-        ),
-        members=lambda wildcards: CONFIG.members(wildcards.dataset),
-        steps=CONFIG.scaling.steps,
     shell:
-        "exec neuromamba pretrain {params.run} --fraction {wildcards.fraction} --on-change restart"
-        + LOGGED
+        f"exec neuromamba pretrain {{params.run}} --fraction {{wildcards.fraction}} --on-change restart"
+        f"{LOGGED}"
 
 
 rule fit_scaling:
     """Put the study's trainings in a table and a figure, and fit loss against compute."""
     input:
-        all_cells,
+        needs("scaling"),
     output:
         expand(
             f"{ROOT}/scaling/{{file}}",
-            file=["scaling.tsv", "scaling.svg", "scaling.png", "fit.json"],
+            file=["scaling.tsv", "scaling.png", "fit.json"],
             allow_missing=True,
+        ),
+        report(
+            f"{ROOT}/scaling/scaling.svg",
+            caption="../report/scaling.rst",
+            category="Scaling ({dataset})",
         ),
     log:
         f"logs/{ROOT}/scaling.log",
+    benchmark:
+        f"logs/{ROOT}/scaling.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     params:
         run=RUN,
-        evaluate={
-            key: getattr(CONFIG.evaluate, key) for key in ("bootstrap", "confidence")
-        },
     shell:
         "neuromamba scaling {params.run} 2>&1 | tee {log}"

@@ -5,67 +5,74 @@
 rule pretrain_model:
     """Train a model without labels on the training subjects."""
     input:
-        split=of_members(rules.split_dataset.output.split),
-        tokens=of_members(all_batches("tokens")),
-        start=lambda wildcards: starting_weights(wildcards.model),
+        needs("pretrain"),
     output:
         f"{MODEL}/pretrain/model.json",
     log:
         f"logs/{MODEL}/pretrain.log",
     benchmark:
         f"logs/{MODEL}/pretrain.benchmark.tsv"
-    threads: 8
+    conda:
+        "../../envs/neuromamba.yaml"
+    threads: 8 * CONFIG.compute.processes
+    resources:
+        **TOGETHER,
     params:
         run=TRAINING,
-        model=of_model(drop=["finetune"]),
-        members=lambda wildcards: CONFIG.members(wildcards.dataset),
     shell:
-        "exec neuromamba pretrain {params.run} --on-change restart" + LOGGED
+        f"exec neuromamba pretrain {{params.run}} --on-change restart" f"{LOGGED}"
 
 
 rule finetune_model:
     """Train a pretrained model, or a head on it, to predict one target."""
     input:
-        pretrained=pretrained,
-        split=rules.split_dataset.output.split,
+        needs("finetune"),
     output:
         f"{MODEL}/finetune/{{target}}/model.json",
     log:
         f"logs/{MODEL}/finetune/{{target}}.log",
     benchmark:
         f"logs/{MODEL}/finetune/{{target}}.benchmark.tsv"
-    threads: 8
+    conda:
+        "../../envs/neuromamba.yaml"
+    threads: 8 * CONFIG.compute.processes
+    resources:
+        **TOGETHER,
     params:
         run=TRAINING,
-        model=of_model("finetune"),
-        target=lambda wildcards: CONFIG.datasets[wildcards.dataset]
-        .targets[wildcards.target]
-        .model_dump(mode="json"),
     shell:
-        "exec neuromamba finetune {params.run} --target {wildcards.target} --on-change restart"
-        + LOGGED
+        f"exec neuromamba finetune {{params.run}} --target {{wildcards.target}} --on-change restart"
+        f"{LOGGED}"
 
 
 rule evaluate_model:
     """Predict the test subjects by the model and by the baselines, and score the predictions."""
     input:
-        model=rules.finetune_model.output,
-        split=rules.split_dataset.output.split,
-        rois=all_batches("rois"),
+        needs("evaluate"),
     output:
-        expand(
-            f"{MODEL}/evaluate/{{target}}/{{file}}",
-            file=["predictions.tsv", "notes.json", "comparison.tsv", "metrics.tsv"],
-            allow_missing=True,
+        f"{MODEL}/evaluate/{{target}}/notes.json",
+        f"{MODEL}/evaluate/{{target}}/comparison.tsv",
+        report(
+            f"{MODEL}/evaluate/{{target}}/predictions.tsv",
+            caption="../report/predictions.rst",
+            category="{target} ({dataset})",
+            labels={"model": "{model}", "seed": "{seed}", "table": "predictions"},
+        ),
+        report(
+            f"{MODEL}/evaluate/{{target}}/metrics.tsv",
+            caption="../report/metrics.rst",
+            category="{target} ({dataset})",
+            labels={"model": "{model}", "seed": "{seed}", "table": "metrics"},
         ),
     log:
         f"logs/{MODEL}/evaluate/{{target}}.log",
     benchmark:
         f"logs/{MODEL}/evaluate/{{target}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     threads: 4
     params:
         run=TRAINING,
-        evaluate=CONFIG.evaluate.model_dump(mode="json"),
     shell:
         "neuromamba evaluate {params.run} --target {wildcards.target} 2>&1 | tee {log}"
 
@@ -73,27 +80,28 @@ rule evaluate_model:
 rule forecast_model:
     """Forecast the rest of windows of the test subjects' runs by the pretrained model."""
     input:
-        pretrained=pretrained,
-        split=rules.split_dataset.output.split,
-        tokens=all_batches("tokens"),
+        needs("forecast"),
     output:
         tables=expand(
             f"{MODEL}/forecast/{{file}}",
             file=["errors.tsv", "forecast.tsv"],
             allow_missing=True,
         ),
-        figure=f"{MODEL}/forecast/forecast.svg",
+        figure=report(
+            f"{MODEL}/forecast/forecast.svg",
+            caption="../report/forecast.rst",
+            category="Forecasts ({dataset})",
+            labels={"model": "{model}", "seed": "{seed}"},
+        ),
         facts=f"{MODEL}/forecast/forecast.json",
     log:
         f"logs/{MODEL}/forecast.log",
     benchmark:
         f"logs/{MODEL}/forecast.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
     threads: 4
     params:
         run=TRAINING,
-        forecast=CONFIG.forecast.model_dump(mode="json"),
-        evaluate=CONFIG.evaluate.model_dump(
-            mode="json", include={"bootstrap", "confidence", "allow_seen_subjects"}
-        ),
     shell:
         "neuromamba forecast {params.run} 2>&1 | tee {log}"

@@ -1,0 +1,37 @@
+"""Every run that a stage left out, with the reason, in one table."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from neuromamba.config import Config
+from neuromamba.layout import Layout
+from neuromamba.stage import read_manifest, refuse_if_too_many_excluded
+from neuromamba.stages import BATCHED
+from neuromamba.tables import read_table, write_table
+
+
+def list_excluded(index: pd.DataFrame, layout: Layout, batches: int) -> pd.DataFrame:
+    """Every run that some stage left out: columns `run`, `stage`, `reason`."""
+    tables = [index.assign(stage="index")]
+    for stage in BATCHED:
+        tables += [read_manifest(layout, stage, k).assign(stage=stage) for k in range(batches)]
+    rows = pd.concat([table[["run", "stage", "reason"]] for table in tables], ignore_index=True)
+    return rows[rows["reason"].notna()].sort_values("run", kind="stable", ignore_index=True)
+
+
+def run_excluded(config: Config, dataset: str) -> None:
+    """Write `excluded.tsv` over all data stages.
+
+    Raises
+    ------
+    InputError
+        When too many runs were left out by all stages together.
+    """
+    layout, batches = Layout.of(config, dataset), config.compute.batches
+    index = read_table(layout.index, dtype={"run": str, "subject": str, "reason": str})
+    excluded = list_excluded(index, layout, batches)
+    write_table(layout.excluded, excluded)
+    first = excluded.drop_duplicates("run").set_index("run")["reason"]
+    union = pd.DataFrame({"run": index["run"], "reason": index["run"].map(first)})
+    refuse_if_too_many_excluded("all stages", union, config.compute.max_excluded)

@@ -1,0 +1,280 @@
+"""Keys: whether what lies on disk is what the settings, the code and the data of now would give.
+
+Every job writes a small record beside its result: the settings and the code it ran with, and a
+key, which is a digest of these, of the recipes of the jobs before it, and of the data it worked on.
+A result is current when its record has the key that the job would have now. Records travel with
+the results (copied, or by DVC), so neither dates nor a history are needed to tell.
+
+Two things are deliberately not in a key. A split, once written, stays until its settings change
+or it is removed, so that subjects added later are processed but change no training. And nothing of
+`compute` counts, on which no result depends but by rounding.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import neuromamba
+from neuromamba.config import Config
+from neuromamba.files import InputError, digest_file, digest_json
+from neuromamba.layout import Layout
+from neuromamba.listing import LISTING_COLUMNS, list_runs_of
+from neuromamba.participants import read_participants
+from neuromamba.records import Record, explain, read_record, remove_record, write_record
+from neuromamba.source_code import code_of
+from neuromamba.splits import read_split
+from neuromamba.stage import batch_of
+from neuromamba.stages import BATCHED, Job, jobs_before, modules_of, settings_of
+from neuromamba.tables import read_table
+
+NOT_MADE = "not made yet"
+FOLLOWS = "what comes before it has to run"
+
+
+@contextmanager
+def recorded(config: Config, job: Job) -> Iterator[None]:
+    """Run a job in this block: its old record goes before, the new one is written on success.
+
+    The record is of what the block finds on disk, whatever the config says of the jobs before it.
+    Of the processes of a distributed job, the first writes.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    keys = Keys(config) if job.stage == "index" else _OnDisk(config)
+    record = keys.record(job)
+    remove_record(config, job)
+    yield
+    write_record(config, job, record)
+
+
+class Keys:
+    """The keys that results would have under a config, and which results have them.
+
+    The listings, labels and records are read once, when they are first asked for.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._recipes: dict[Job, str] = {}
+        self._keys: dict[Job, str | None] = {}
+        self._stale: dict[Job, bool] = {}
+        self._below_stale: dict[Job, bool] = {}
+        self._listings: dict[str, pd.DataFrame] = {}
+        self._trained_on: dict[str, list[str]] = {}
+        self._labels: dict[str, pd.DataFrame] = {}
+        self._outside: dict[Job, dict[str, str]] = {}
+
+    def record(self, job: Job) -> Record:
+        """What the record of a job's result would hold."""
+        key = self.key(job)
+        return {
+            "job": str(job),
+            "key": key,
+            "outside": self._outside.get(job, {}),
+            "recipe": self.recipe(job),
+            "settings": settings_of(self.config, job),
+            "code": code_of(*modules_of(self.config, job)),
+            "neuromamba": neuromamba.__version__,
+        }
+
+    def key(self, job: Job) -> str | None:
+        """Digest of a job's recipe and data; `None` while it has no data."""
+        if job not in self._keys:
+            try:
+                self._keys[job] = digest_json([self.recipe(job), self._data(job)])
+            except (InputError, OSError):  # the stage itself tells what is wrong
+                self._keys[job] = None
+        return self._keys[job]
+
+    def recipe(self, job: Job) -> str:
+        """Digest of the settings and the code of a job and of all jobs before it."""
+        any_batch = replace(job, batch=0) if job.stage in BATCHED else job
+        if any_batch not in self._recipes:
+            settings, code = settings_of(self.config, job), code_of(*modules_of(self.config, job))
+            before = sorted({self._recipe_before(one) for one in jobs_before(self.config, job)})
+            self._recipes[any_batch] = digest_json([job.stage, settings, code, before])
+        return self._recipes[any_batch]
+
+    def _recipe_before(self, job: Job) -> str:
+        return self.recipe(job)
+
+    def _key_before(self, job: Job) -> str:
+        return str(self.key(job))
+
+    def is_stale(self, job: Job) -> bool:
+        """Whether a job has to run: its result is missing, or is not that of now."""
+        if job not in self._stale:
+            key = read_record(self.config, job).get("key")
+            # A split that is made again may be another one; how it turns out is not known before.
+            split = [one for one in jobs_before(self.config, job) if one.stage == "splits"]
+            again = any(self.is_stale(one) for one in split)
+            self._stale[job] = again or key is None or key != self.key(job)
+        return self._stale[job]
+
+    def is_below_stale(self, job: Job) -> bool:
+        """Whether any job before this one, at whatever distance, has to run."""
+        if job not in self._below_stale:
+            before = jobs_before(self.config, job)
+            found = any(self.is_stale(one) or self.is_below_stale(one) for one in before)
+            self._below_stale[job] = found
+        return self._below_stale[job]
+
+    def why(self, job: Job) -> str:
+        """In words, why a job has to run."""
+        old = read_record(self.config, job)
+        changes = explain(old, self.record(job)) if old else [NOT_MADE]
+        if changes:
+            return "; ".join(changes)
+        if self.is_below_stale(job):
+            return FOLLOWS
+        return "its data have changed: runs, labels, atlas or weights to start from"
+
+    def came_later(self, dataset: str) -> list[str]:
+        """Subjects with data that are in no part of the dataset's split, which is older."""
+        layout = Layout.of(self.config, dataset)
+        if not (layout.split.exists() and layout.excluded.exists()):
+            return []
+        left_out = read_table(layout.excluded, dtype=str)["run"]
+        try:
+            runs, known = self._listing(dataset), self._subjects(dataset)
+        except InputError:  # the stage itself tells what is wrong
+            return []
+        return sorted(set(runs.loc[~runs["run"].isin(left_out), "subject"]) - set(known))
+
+    # --- Data -----------------------------------------------------------------------------------
+
+    def _data(self, job: Job) -> Any:
+        """What a job works on beside the results of those before it, JSON-able."""
+        match job.stage:
+            case "index":
+                return [self.config.compute.batches, digest_json(self._rows(job.dataset))]
+            case "volumes" | "tokens":
+                return digest_json(self._rows(job.dataset, job.batch))
+            case "rois":
+                rows = digest_json(self._rows(job.dataset, job.batch))
+                return [rows, self._digest(job, "atlas", self.config.datasets[job.dataset].atlas)]
+            case "splits":
+                return self._frozen(job.dataset)
+            case "excluded":
+                return digest_json(self._rows(job.dataset))
+            case "scaling" | "scores" | "report":
+                return [self._key_before(one) for one in jobs_before(self.config, job)]
+        data: list[Any] = []
+        for name in self.config.members(job.dataset):
+            data += self._subjects_and_runs(name)
+            if job.stage not in ("pretrain", "forecast"):
+                data.append(self._labels_digest(job, name))
+        if job.stage == "pretrain":
+            start = self.config.models[job.model].pretrain.init_from
+            data.append(self._digest(job, "init_from", start and f"{start}/model.json"))
+        return data
+
+    def _digest(
+        self, job: Job, name: str, file: str | None, digest: Callable[[], str] | None = None
+    ) -> str | None:
+        """Digest of a file outside the results; the recorded one where it is not at hand."""
+        if file is None:
+            return None
+        if Path(file).exists():
+            value = digest() if digest else digest_file(file)
+        else:
+            value = read_record(self.config, job).get("outside", {}).get(name)
+        self._outside.setdefault(job, {})[name] = value
+        return value
+
+    def _subjects_and_runs(self, dataset: str) -> list[str]:
+        """Digests of a dataset's split, and of the runs of its subjects."""
+        if dataset not in self._trained_on:
+            runs = self._listing(dataset)
+            of_split = runs["subject"].isin(set(self._subjects(dataset)))
+            rows = runs.loc[of_split, ["run", "fingerprint"]].to_numpy().tolist()
+            self._trained_on[dataset] = [self._split(dataset), digest_json(rows)]
+        return self._trained_on[dataset]
+
+    def _labels_digest(self, job: Job, dataset: str) -> str | None:
+        """Digest of the labels of the split's subjects: of one target, or all and the site."""
+
+        def digest() -> str:
+            people = self._people(dataset).reindex(self._subjects(dataset))
+            columns = [job.target] if job.target else list(people)
+            return digest_json(people[columns].astype(str).to_numpy().tolist())
+
+        participants = self.config.datasets[dataset].participants
+        file = participants.file if participants else None
+        return self._digest(job, f"labels of {dataset}", file, digest)
+
+    def _subjects(self, dataset: str) -> list[str]:
+        split = read_split(Layout.of(self.config, dataset).split)
+        return sorted(name for part in split.values() for name in part)
+
+    def _split(self, dataset: str) -> str:
+        return digest_file(Layout.of(self.config, dataset).split)
+
+    def _frozen(self, dataset: str) -> bool:
+        """Whether all subjects of the split, if there is one, still have runs."""
+        if not Layout.of(self.config, dataset).split.exists():
+            return True
+        return set(self._subjects(dataset)) <= set(self._listing(dataset)["subject"])
+
+    def _rows(self, dataset: str, batch: int | None = None) -> list[list[str]]:
+        rows = self._listing(dataset)
+        if batch is not None:
+            rows = rows[rows["batch"] == batch]
+        return rows[["run", "fingerprint"]].to_numpy().tolist()
+
+    def _listing(self, dataset: str) -> pd.DataFrame:
+        if dataset not in self._listings:
+            table = self._list_runs(dataset)
+            batches = self.config.compute.batches
+            numbers = {name: batch_of(name, batches) for name in table["subject"].unique()}
+            self._listings[dataset] = table.assign(batch=table["subject"].map(numbers))
+        return self._listings[dataset]
+
+    def _list_runs(self, dataset: str) -> pd.DataFrame:
+        """The runs as they are now, or as the index has them where the scans are elsewhere."""
+        settings = self.config.datasets[dataset]
+        index = Layout.of(self.config, dataset).index
+        if index.exists() and not Path(settings.derivatives).exists():
+            return _read_listing(index)
+        with warnings.catch_warnings(action="ignore"):  # the stage itself warns
+            return list_runs_of(settings)
+
+    def _people(self, dataset: str) -> pd.DataFrame:
+        if dataset not in self._labels:
+            with warnings.catch_warnings(action="ignore"):
+                self._labels[dataset] = read_participants(self.config.datasets[dataset])
+        return self._labels[dataset]
+
+
+class _OnDisk(Keys):
+    """The same for a job that starts: the jobs before it are what their records say."""
+
+    def _recipe_before(self, job: Job) -> str:
+        return str(read_record(self.config, job).get("recipe"))
+
+    def _key_before(self, job: Job) -> str:
+        return str(read_record(self.config, job).get("key"))
+
+    def _data(self, job: Job) -> Any:
+        # What a split is made of is checked later, against the subjects that it then has.
+        return True if job.stage == "splits" else super()._data(job)
+
+    def _list_runs(self, dataset: str) -> pd.DataFrame:
+        index = Layout.of(self.config, dataset).index
+        return _read_listing(index) if index.exists() else super()._list_runs(dataset)
+
+
+def _read_listing(index: Path) -> pd.DataFrame:
+    table = read_table(index, dtype="string")
+    if missing := set(LISTING_COLUMNS) - set(table):
+        raise InputError(f"{index} has no column {', '.join(missing)}; make the index again")
+    return table[LISTING_COLUMNS]

@@ -1,0 +1,80 @@
+"""The record that a job leaves beside its result: what the result was made with.
+
+`{output}.key.json` holds the job's `settings`, the digests of its `code`, of files from `outside`
+the results, its `recipe` and its `key` (see `neuromamba.keys`). A result without one is not whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from neuromamba.config import Config
+from neuromamba.files import InputError, read_json, write_json
+from neuromamba.stages import BATCHED, Job, output_of
+
+Record = dict[str, Any]
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of the job lies that writes `output` last."""
+    return output.with_name(f"{output.stem}.key.json")
+
+
+def read_record(config: Config, job: Job) -> Record:
+    """The record of a job's result; empty where there is no whole result."""
+    output = output_of(config, job)
+    if not output.exists():
+        return {}
+    record = _read(record_path(output))
+    beside = _beside_arrays(config, job)
+    if record and beside and beside.exists() and _read(beside).get("key") != record.get("key"):
+        return {}
+    return record
+
+
+def remove_record(config: Config, job: Job) -> None:
+    """Tell, before a job starts, that there is no whole result of it."""
+    record_path(output_of(config, job)).unlink(missing_ok=True)
+    if beside := _beside_arrays(config, job):
+        write_json(beside, {"key": None})
+
+
+def write_record(config: Config, job: Job, record: Record) -> None:
+    """Tell that a job has succeeded."""
+    if beside := _beside_arrays(config, job):
+        write_json(beside, {"key": record["key"]})
+    write_json(record_path(output_of(config, job)), record)
+
+
+def _beside_arrays(config: Config, job: Job) -> Path | None:
+    """Where arrays that lie apart tell whose they are: DVC may bring back another list of them."""
+    if config.arrays is None or job.stage not in BATCHED:
+        return None
+    return Path(config.arrays) / job.dataset / job.stage / f"batch-{job.batch}.key.json"
+
+
+def _read(path: Path) -> Record:
+    try:
+        record = read_json(path)
+    except InputError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def explain(old: Record, new: Record) -> list[str]:
+    """What differs between two records of a job: its settings, or else its code; in words."""
+    changes = _changes("", old.get("settings"), new["settings"])
+    before, now = old.get("code", {}), new["code"]
+    files = sorted(file for file in {*before, *now} if before.get(file) != now.get(file))
+    if not changes and files:
+        changes = [f"code changed: {', '.join(files)}"]
+    return changes
+
+
+def _changes(key: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = dict.fromkeys([*old, *new])
+        below = [_changes(f"{key}.{name}", old.get(name), new.get(name)) for name in names]
+        return [line for lines in below for line in lines]
+    return [] if old == new else [f"{key.removeprefix('.')} was {old}, is {new}"]

@@ -1,0 +1,236 @@
+"""The stages of the pipeline: what each is set by, what code it runs, and what comes before it.
+
+The workflow's rules, `dvc.yaml` and the keys that tell whether a result is current all follow this
+one table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from neuromamba.config import Classification, Config, Dataset
+from neuromamba.layout import Layout
+
+BATCHED = ("volumes", "tokens", "rois")
+STAGES = (
+    "index",
+    *BATCHED,
+    "excluded",
+    "splits",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "scores",
+    "report",
+    "forecast",
+    "cell",
+    "scaling",
+)
+"""`cell` is one pretraining of the scaling study."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the pipeline: a stage, and which of its parts."""
+
+    stage: str
+    dataset: str = ""
+    batch: int | None = None
+    model: str = ""
+    seed: int = 0
+    target: str = ""
+    fraction: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [self.dataset, self.model, self.target]
+        if self.batch is not None:
+            parts.append(f"batch {self.batch}")
+        if self.model:
+            parts.append(f"seed {self.seed}")
+        if self.fraction:
+            parts.append(f"fraction {self.fraction:g}")
+        return f"{self.stage} ({', '.join(filter(None, parts))})" if any(parts) else self.stage
+
+
+def all_jobs(config: Config) -> list[Job]:
+    """The report's jobs, each after those it needs."""
+    found: dict[Job, None] = {}
+
+    def visit(job: Job) -> None:
+        if job not in found:
+            for earlier in jobs_before(config, job):
+                visit(earlier)
+            found[job] = None
+
+    visit(Job("report"))
+    return list(found)
+
+
+def jobs_before(config: Config, job: Job) -> list[Job]:
+    """The jobs whose results a job works on."""
+    members = list(config.members(job.dataset)) if job.dataset else []
+    match job.stage:
+        case "index":
+            return []
+        case "volumes":
+            return [Job("index", job.dataset)]
+        case "tokens" | "rois":
+            return [replace(job, stage="volumes")]
+        case "splits":
+            made = [*_batches(config, members, "tokens"), *_batches(config, members, "rois")]
+            return [Job("excluded", job.dataset), *made]
+        case "excluded":
+            return [one for stage in BATCHED for one in _batches(config, members, stage)]
+        case "pretrain" | "cell":
+            splits = [Job("splits", name) for name in members]
+            return [*splits, *_batches(config, members, "tokens")]
+        case "finetune":
+            return [Job("splits", job.dataset), _pretrain(config, job)]
+        case "evaluate":
+            tuned = replace(job, stage="finetune")
+            return [Job("splits", job.dataset), tuned, *_batches(config, members, "rois")]
+        case "scores":
+            targets = config.datasets[job.dataset].targets
+            evaluated = [replace(job, stage="evaluate", target=target) for target in targets]
+            return [Job("excluded", job.dataset), _pretrain(config, job), *evaluated]
+        case "forecast":
+            tokens = _batches(config, members, "tokens")
+            return [Job("splits", job.dataset), _pretrain(config, job), *tokens]
+        case "scaling":
+            return _cells(config, job.dataset)
+        case "report":
+            return _scored(config)
+    raise ValueError(f"{job.stage!r} is no stage")
+
+
+def _batches(config: Config, datasets: list[str], stage: str) -> list[Job]:
+    numbers = range(config.compute.batches)
+    return [Job(stage, name, batch=number) for name in datasets for number in numbers]
+
+
+def _pretrain(config: Config, job: Job) -> Job:
+    where = config.pretrained_on(job.dataset, job.model)
+    return Job("pretrain", where, model=job.model, seed=job.seed)
+
+
+def _cells(config: Config, dataset: str) -> list[Job]:
+    study = config.study()
+    return [
+        Job("cell", dataset, model=model, seed=seed, fraction=fraction)
+        for model in study.models
+        for fraction in study.scaling.fractions
+        for seed in study.seeds
+    ]
+
+
+def _scored(config: Config) -> list[Job]:
+    return [
+        Job("scores", name, model=model, seed=seed)
+        for name in config.datasets
+        for model in config.models
+        for seed in config.seeds
+    ]
+
+
+def output_of(config: Config, job: Job) -> Path:
+    """The file that a job writes last."""
+    layout = Layout.of(config, job.dataset)
+    match job.stage:
+        case "index":
+            return layout.index
+        case "volumes" | "tokens" | "rois":
+            assert job.batch is not None
+            return layout.manifest(job.stage, job.batch)
+        case "splits":
+            return layout.split
+        case "excluded":
+            return layout.excluded
+        case "pretrain":
+            return layout.pretrain(job.model, job.seed) / "model.json"
+        case "cell":
+            return layout.cell(job.model, job.fraction, job.seed) / "model.json"
+        case "finetune":
+            return layout.finetune(job.model, job.seed, job.target) / "model.json"
+        case "evaluate":
+            return layout.evaluate(job.model, job.seed, job.target) / "metrics.tsv"
+        case "scores":
+            return layout.scores(job.model, job.seed) / "metrics.json"
+        case "forecast":
+            return layout.forecast(job.model, job.seed) / "forecast.json"
+        case "scaling":
+            return layout.scaling / "fit.json"
+        case "report":
+            return layout.results / "report" / "index.html"
+    raise ValueError(f"{job.stage!r} is no stage")
+
+
+def modules_of(config: Config, job: Job) -> tuple[str, ...]:
+    """The modules that a job's stage begins in, and that of its model's family."""
+    first = {"index": "bids", "cell": "pretrain"}.get(job.stage, job.stage)
+    if not job.model or job.stage == "scores":
+        return (first,)
+    models = config.study().models if job.stage == "cell" else config.models
+    return (first, f"models.{models[job.model].family}")
+
+
+def settings_of(config: Config, job: Job) -> dict[str, Any]:
+    """The settings that a job's result depends on beside those of the jobs before it, JSON-able."""
+    if job.stage in ("pretrain", "cell", "finetune", "forecast", "evaluate"):
+        return _settings_of_training(config, job)
+    dataset = config.datasets.get(job.dataset)
+    match job.stage:
+        case "index":
+            assert dataset is not None
+            keys = {"derivatives", "space", "resolution", "entities", "files", "repetition_time"}
+            return {"dataset": dataset.model_dump(mode="json", include={*keys, "exclude"})}
+        case "volumes":
+            assert dataset is not None
+            own = {"space": dataset.space, "time_patch": config.tokens.time_patch}
+            return {"volumes": config.volumes.model_dump(mode="json"), **own}
+        case "tokens" | "rois":
+            return {job.stage: getattr(config, job.stage).model_dump(mode="json")}
+        case "splits":
+            assert dataset is not None
+            participants = dataset.participants
+            return {
+                "splits": config.splits.model_dump(mode="json"),
+                "site_column": participants and participants.site_column,
+                "targets": {name: target_settings(dataset, name) for name in dataset.targets},
+            }
+        case "scaling":
+            return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
+    return {}
+
+
+def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
+    models = config.study().models if job.stage == "cell" else config.models
+    model, evaluate = models[job.model], config.evaluate.model_dump(mode="json")
+    match job.stage:
+        case "pretrain" | "cell":
+            # Weights to start from are an input; how many checkpoints there are changes nothing.
+            dumped = model.model_dump(mode="json", exclude={"finetune"})
+            for key in ("init_from", "keep_checkpoints"):
+                dumped["pretrain"].pop(key)
+            own: dict[str, Any] = {"model": dumped, "members": config.members(job.dataset)}
+            cell = {"fraction": job.fraction, "steps": config.scaling.steps}
+            return own | {"seed": job.seed} | (cell if job.stage == "cell" else {})
+        case "finetune":
+            dumped = model.finetune.model_dump(mode="json", exclude={"keep_checkpoints"})
+            target = target_settings(config.datasets[job.dataset], job.target)
+            return {"finetune": dumped, "target": target, "seed": job.seed}
+        case "forecast":
+            kept = ("bootstrap", "confidence", "allow_seen_subjects")
+            own = {"forecast": config.forecast.model_dump(mode="json")}
+            return own | {"evaluate": {key: evaluate[key] for key in kept}}
+    return {"evaluate": evaluate}
+
+
+def target_settings(dataset: Dataset, name: str) -> dict[str, Any]:
+    """A target's section, with its classes as a list, because their order has a meaning."""
+    target = dataset.targets[name]
+    settings = target.model_dump(mode="json")
+    if isinstance(target, Classification):
+        settings["classes"] = [list(pair) for pair in target.classes.items()]
+    return settings

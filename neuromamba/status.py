@@ -1,0 +1,40 @@
+"""Which results are not those of the config, and recording them in DVC when all are."""
+
+from __future__ import annotations
+
+import subprocess
+
+from neuromamba.config import Config
+from neuromamba.files import InputError
+from neuromamba.keys import Keys
+from neuromamba.stages import all_jobs
+
+SHOWN = 20
+
+
+def what_is_stale(config: Config) -> list[str]:
+    """One line for each job of the config that has to run, with the reason, in order."""
+    keys = Keys(config)
+    return [f"{job}: {keys.why(job)}" for job in all_jobs(config) if keys.is_stale(job)]
+
+
+def record_in_dvc(config: Config) -> None:
+    """Record in `dvc.lock` what Snakemake made, as if `dvc repro` had made it.
+
+    Raises
+    ------
+    InputError
+        When a result is missing or not that of the config, so that nothing is recorded; or when
+        DVC fails.
+    """
+    stale = what_is_stale(config)
+    if stale:
+        more = [f"... and {len(stale) - SHOWN} more"] if len(stale) > SHOWN else []
+        lines = "\n  ".join([*stale[:SHOWN], *more])
+        raise InputError(
+            "nothing is recorded, because the results are not those of the config:\n  "
+            f"{lines}\nrun `snakemake all` to its end first"
+        )
+    done = subprocess.run(["dvc", "commit", "--force"], check=False)
+    if done.returncode:
+        raise InputError(f"`dvc commit` ended with status {done.returncode}; see its message above")

@@ -1,0 +1,300 @@
+"""Keys: what makes a result stale, and what does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from neuromamba import keys, source_code
+from neuromamba.config import Config, build_config
+from neuromamba.files import write_text
+from neuromamba.keys import FOLLOWS, NOT_MADE, Keys, recorded
+from neuromamba.layout import Layout
+from neuromamba.records import record_path
+from neuromamba.stages import Job, all_jobs, jobs_before, output_of
+from neuromamba.status import record_in_dvc, what_is_stale
+from neuromamba.tables import write_table
+
+MODEL = {"family": "neuromamba", "width": 64, "depth": 1}
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """What the dataset holds; change it in place."""
+    names = [f"sub-{k:02d}" for k in range(12)]
+    runs = [f"{name}_task-rest" for name in names]
+    table = pd.DataFrame({"run": runs, "subject": names, "fingerprint": "f"}, dtype="string")
+    monkeypatch.setattr(keys, "list_runs_of", lambda dataset: table.copy())
+    return table
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, object]:
+    people = pd.DataFrame(
+        {
+            "participant_id": [f"sub-{k:02d}" for k in range(13)],
+            "sex": ["F", "M"] * 6 + ["F"],
+            "age": range(20, 33),
+        }
+    )
+    write_table(tmp_path / "participants.tsv", people)
+    (tmp_path / "scans").mkdir()
+    sex = {"kind": "classification", "column": "sex", "classes": {"female": "F", "male": "M"}}
+    dataset = {
+        "derivatives": str(tmp_path / "scans"),
+        "participants": {"file": str(tmp_path / "participants.tsv")},
+        "targets": {"sex": sex, "age": {"kind": "regression", "column": "age"}},
+    }
+    return {
+        "results": str(tmp_path / "results"),
+        "datasets": {"d": dataset},
+        "models": {"m": MODEL},
+        "compute": {"batches": 2},
+    }
+
+
+def config_of(settings: dict[str, object], change: str = "") -> Config:
+    """The config, with one setting changed: `section.key=value`."""
+    raw = json.loads(json.dumps(settings))
+    if change:
+        key, value = change.split("=")
+        *path, last = key.split(".")
+        section = raw
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = yaml.safe_load(value)
+    return build_config(raw, Path(), "test")
+
+
+def make(config: Config, job: Job) -> None:
+    """Do a job: leave its output, and its record."""
+    with recorded(config, job):
+        if job.stage == "splits":
+            parts = ["train"] * 8 + ["validation"] * 2 + ["test"] * 2
+            subjects = [f"sub-{k:02d}" for k in range(12)]
+            table = pd.DataFrame({"subject": subjects, "part": parts})
+            write_table(output_of(config, job), table)
+        elif job.stage == "index":
+            write_table(output_of(config, job), keys.list_runs_of(config.datasets["d"]))
+        else:
+            write_text(output_of(config, job), "made")
+
+
+@pytest.fixture
+def config(scans: pd.DataFrame, settings: dict[str, object]) -> Config:
+    """A config all of whose jobs have been done."""
+    config = config_of(settings)
+    for job in all_jobs(config):
+        make(config, job)
+    return config
+
+
+def stale(config: Config) -> set[str]:
+    found = Keys(config)
+    return {job.stage for job in all_jobs(config) if found.is_stale(job)}
+
+
+TRAININGS = {"pretrain", "finetune", "evaluate", "scores", "report"}
+
+
+def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
+    config: Config, settings: dict[str, object], tmp_path: Path
+):
+    assert stale(config) == set()
+    Path(config.results).rename(tmp_path / "moved")
+    moved = config_of(settings, f"results={tmp_path / 'moved'}")
+    assert stale(moved) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("evaluate.bootstrap=7", {"evaluate", "scores", "report"}),
+        ("finetune.steps=7", {"finetune", "evaluate", "scores", "report"}),
+        ("models.m.finetune.steps=7", {"finetune", "evaluate", "scores", "report"}),
+        ("models.m.depth=2", TRAININGS),
+        ("pretrain.learning_rate=0.5", TRAININGS),
+        ("splits.seed=3", {"splits", *TRAININGS}),
+        ("rois.cube=9", {"rois", "excluded", "splits", *TRAININGS}),
+        ("compute.batches=3", {"index", "volumes", "tokens", "rois"}),
+        ("compute.max_excluded=0.5", set()),
+        ("compute.device=cpu", set()),
+        ("compute.processes=2", set()),
+        ("pretrain.keep_checkpoints=9", set()),
+        ("forecast.windows=9", set()),
+        ("scaling.seeds=[4]", set()),
+    ],
+)
+def test_a_setting_makes_its_stage_stale_and_those_below(
+    config: Config, settings: dict[str, object], change: str, expected: set[str]
+):
+    assert stale(config_of(settings, change)) == expected
+
+
+def test_a_second_seed_leaves_the_first_alone(config: Config, settings: dict[str, object]):
+    found = Keys(config_of(settings, "seeds=[0, 1]"))
+    jobs = [job for job in all_jobs(found.config) if found.is_stale(job)]
+    assert {job.seed for job in jobs if job.model} == {1}
+
+
+def test_code_makes_its_stage_stale_and_those_below(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+):
+    real = source_code.code_of
+
+    def code_of(*modules: str) -> dict[str, str]:
+        return {file: digest + "x" * ("heads" in file) for file, digest in real(*modules).items()}
+
+    monkeypatch.setattr(keys, "code_of", code_of)
+    assert stale(config) == {"finetune", "evaluate", "scores", "report"}
+    found = Keys(config)
+    finetune = Job("finetune", "d", model="m", target="sex")
+    assert found.why(finetune) == "code changed: neuromamba/heads.py"
+
+
+def test_an_added_subject_makes_its_batch_stale_and_no_training(
+    config: Config, scans: pd.DataFrame
+):
+    scans.loc[len(scans)] = ["sub-12_task-rest", "sub-12", "f"]
+    assert stale(config) == {"index", "volumes", "tokens", "rois", "excluded", "scores", "report"}
+    found = Keys(config)
+    batches = [Job("tokens", "d", batch=number) for number in range(2)]
+    assert sorted(found.is_stale(job) for job in batches) == [False, True]
+    pretrain = Job("pretrain", "d", model="m")
+    assert found.is_below_stale(pretrain)
+    write_table(Layout.of(config, "d").excluded, pd.DataFrame({"run": ["sub-11_task-rest"]}))
+    assert found.came_later("d") == ["sub-12"]
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_a_scan_of_the_split_that_changes_makes_the_trainings_stale(
+    config: Config, scans: pd.DataFrame, change: str
+):
+    if change == "replaced":
+        scans.loc[3, "fingerprint"] = "g"
+    else:
+        scans.loc[3, "subject"] = "sub-77"
+    assert stale(config) >= TRAININGS
+    assert ("splits" in stale(config)) == (change == "removed")
+
+
+def test_a_label_makes_the_training_for_it_stale_alone(config: Config, tmp_path: Path):
+    path = tmp_path / "participants.tsv"
+    path.write_text(path.read_text().replace("sub-03\tM\t23", "sub-03\tM\t99"))
+    found = Keys(config)
+    jobs = [job for job in all_jobs(config) if found.is_stale(job)]
+    assert {job.target for job in jobs if job.stage in ("finetune", "evaluate")} == {"age"}
+    assert stale(config) == {"finetune", "evaluate", "scores", "report"}
+    # A subject that came later, and in no part, has no say.
+    path.write_text(path.read_text().replace("sub-03\tM\t99", "sub-03\tM\t23"))
+    path.write_text(path.read_text().replace("sub-12\tF\t32", "sub-12\tF\t99"))
+    assert stale(config) == set()
+
+
+def test_what_lies_elsewhere_is_taken_to_be_as_it_was(config: Config, tmp_path: Path):
+    (tmp_path / "scans").rename(tmp_path / "archive")
+    (tmp_path / "participants.tsv").rename(tmp_path / "archive.tsv")
+    assert stale(config) == set()
+
+
+def test_a_job_that_did_not_end_leaves_no_record(config: Config):
+    job = Job("evaluate", "d", model="m", target="sex")
+
+    with pytest.raises(RuntimeError), recorded(config, job):
+        raise RuntimeError
+    found = Keys(config)
+    assert found.is_stale(job)
+    assert found.why(job) == NOT_MADE
+
+
+def test_a_record_is_of_what_lay_on_disk_and_not_of_the_config(
+    config: Config, settings: dict[str, object]
+):
+    """Tokens that are made by hand from volumes of other settings are not taken for right."""
+    other = config_of(settings, "volumes.voxel_size=3")
+    for batch in range(2):
+        make(other, Job("tokens", "d", batch=batch))
+    assert "tokens" in stale(other)
+    make(other, Job("volumes", "d", batch=0))
+    make(other, Job("tokens", "d", batch=0))
+    assert not Keys(other).is_stale(Job("tokens", "d", batch=0))
+
+
+def test_lists_of_arrays_that_are_no_longer_there_are_not_taken_for_right(
+    scans: pd.DataFrame, settings: dict[str, object], tmp_path: Path
+):
+    """DVC brings back the lists of another day, but not the arrays that lie apart from them."""
+    config = config_of(settings, f"arrays={tmp_path / 'scratch'}")
+    for job in all_jobs(config):
+        make(config, job)
+    assert stale(config) == set()
+    lists = tmp_path / "results"
+    shutil.copytree(lists, tmp_path / "then")
+    other = config_of(settings | {"tokens": {"brain_fraction": 0.5}}, f"arrays={config.arrays}")
+    for job in all_jobs(other):
+        make(other, job)
+    shutil.rmtree(lists)
+    shutil.copytree(tmp_path / "then", lists)
+    assert stale(config) == {"tokens"}
+    (tmp_path / "scratch").rename(tmp_path / "elsewhere")
+    assert stale(config) == set()
+
+
+def test_only_the_first_of_the_processes_of_a_job_writes(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RANK", "1")
+    job = Job("pretrain", "d", model="m")
+    record = record_path(output_of(config, job))
+    record.unlink()
+    make(config, job)
+    assert not record.exists()
+
+
+def test_reasons_are_told_in_words_and_nothing_stale_is_recorded(
+    config: Config, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+):
+    other = config_of(settings, "finetune.steps=7")
+    lines = what_is_stale(other)
+    assert lines[0] == "finetune (d, m, sex, seed 0): finetune.steps was 1000, is 7"
+    assert lines[-1] == f"report: {FOLLOWS}"
+    run: list[object] = []
+    monkeypatch.setattr("subprocess.run", lambda *command, **options: run.append(command))
+    with pytest.raises(ValueError, match=r"nothing is recorded(.|\n)*steps was 1000, is 7"):
+        record_in_dvc(other)
+    assert not run
+
+
+def test_jobs_come_after_those_that_they_need(config: Config):
+    done: set[Job] = set()
+    for job in all_jobs(config):
+        assert set(jobs_before(config, job)) <= done
+        done.add(job)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("x = 1\n", "x = 1  # why\n", True),
+        ("x = 1\n", "# why\n\n\nx = 1\n", True),
+        ("x = '# no comment'\n", "x = '# other'\n", False),
+        ("x = 1\n", "x = 2\n", False),
+    ],
+)
+def test_comments_are_no_code(old: str, new: str, same: bool):
+    clean: Callable[[str], str] = source_code.without_comments
+    assert (clean(old) == clean(new)) == same
+
+
+def test_a_stages_code_is_what_it_imports_and_nothing_that_only_carries_results():
+    assert {"neuromamba/tokens.py", "neuromamba/shards.py"} <= set(source_code.code_of("tokens"))
+    assert not {"neuromamba/files.py", "neuromamba/stage.py"} & set(source_code.code_of("tokens"))
+    assert "neuromamba/report.html.j2" in source_code.code_of("report")
+    neutral = [name for name in source_code.NEUTRAL if name not in ("config", "models")]
+    assert all((source_code.PACKAGE / f"{name}.py").exists() for name in neutral)
