@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,22 @@ class InputError(ValueError):
 
 
 @contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def atomic_path(path: Path | str, keep: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` when the block succeeds.
 
     The block creates either a file or a folder there. When it raises, what it wrote is removed and
     whatever stood at `path` before stays. A process that dies leaves a hidden `.tmp-*` entry that
     nothing reads. A folder is replaced by moving the old one aside first, because POSIX cannot
-    rename over a folder that is not empty.
+    rename over a folder that is not empty. Where `keep()` is true by then, as another process has
+    put the same there meanwhile, that stays instead.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
+        if keep():
+            return
         if path.is_dir():
             old = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-old-{path.name}")
             path.rename(old)

@@ -26,11 +26,11 @@ import zarr
 import neuromamba
 from neuromamba.config import Config
 from neuromamba.contents import Contents
-from neuromamba.files import InputError, atomic_path, digest_file, digest_json
+from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import READ_VOLUMES, finish, finished
+from neuromamba.store import READ_VOLUMES, finish, finished, new_store
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _write(
         coords={"time": ("time", time, {"units": "s"}), "roi": names, "roi_2": names},
     )
     whole = {name: {"chunks": rois[name].shape} for name in ("timeseries", "fc")}
-    with atomic_path(target) as temporary:
+    with new_store(target, attributes["key"]) as temporary:
         rois.to_zarr(temporary, zarr_format=3, consolidated=False, encoding=whole)
         finish(zarr.open_group(temporary), attributes)
 

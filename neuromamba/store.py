@@ -8,6 +8,8 @@ that a stage can tell whether it has to be made again.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import numpy.typing as npt
 import zarr
 import zarr.errors
 from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
+
+from neuromamba.files import atomic_path
 
 FLOAT16_MAX = 65504.0
 READ_VOLUMES = 48
@@ -57,6 +61,17 @@ def finished(store: Path, key: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, zarr.errors.BaseZarrError):
         return None
     return attributes if attributes.get("key") == key else None
+
+
+@contextmanager
+def new_store(store: Path, key: str) -> Iterator[Path]:
+    """Yield a temporary path for a store that is to be made, as `files.atomic_path` does.
+
+    A store of the same key that another process has made meanwhile stays: one that was given up too
+    early, on a lost node, must not take away what its successor's readers have open.
+    """
+    with atomic_path(store, keep=lambda: finished(store, key) is not None) as temporary:
+        yield temporary
 
 
 def get_array(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -26,12 +26,20 @@ import zarr.errors
 import neuromamba
 from neuromamba.config import Config, Tokens
 from neuromamba.contents import Contents
-from neuromamba.files import InputError, atomic_path, digest_json
+from neuromamba.files import InputError, digest_json
 from neuromamba.layout import Layout
 from neuromamba.shards import ShardWriter
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import CHUNK_KEYS, READ_VOLUMES, add_array, finish, finished, get_array
+from neuromamba.store import (
+    CHUNK_KEYS,
+    READ_VOLUMES,
+    add_array,
+    finish,
+    finished,
+    get_array,
+    new_store,
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def _pack(
         "neuromamba_version": neuromamba.__version__,
     }
     shape = (n_time_patches, n_tokens, tokens.time_patch * tokens.patch**3)
-    with atomic_path(target) as temporary:
+    with new_store(target, key) as temporary:
         group = zarr.create_group(temporary, zarr_format=3)
         _create_values(group, shape, shard_volumes // tokens.time_patch, bold)
         with ShardWriter(temporary / "values") as writer:

@@ -28,7 +28,7 @@ import neuromamba
 from neuromamba.brain import BrainStream
 from neuromamba.config import Config, Volumes
 from neuromamba.contents import Contents
-from neuromamba.files import InputError, atomic_path, digest_file, digest_json
+from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.moments import Floats, Moments
 from neuromamba.nifti import read_header
@@ -36,7 +36,7 @@ from neuromamba.prefetch import prefetch
 from neuromamba.shards import ShardWriter
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import CHUNK_KEYS, FLOAT16_MAX, Code, add_array, finish, finished
+from neuromamba.store import CHUNK_KEYS, FLOAT16_MAX, Code, add_array, finish, finished, new_store
 from neuromamba.tables import read_table
 
 CENTRE_MM = (0.5, -17.5, 4.5)
@@ -165,7 +165,7 @@ def _convert(
 ) -> dict[str, Any]:
     """Stream a run into a store at `target`; return the store's attributes."""
     code, constant = _probe(stream)
-    with atomic_path(target) as temporary:
+    with new_store(target, facts["key"]) as temporary:
         group = zarr.create_group(temporary, zarr_format=3)
         _create_bold(group, stream.header.n_volumes, volumes, time_patch, code)
         while True:

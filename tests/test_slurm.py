@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from fake_runs import rows
+from repository import Repository, make_repository
 from slurm_cluster import APART, NODES, ask, cluster, wait_for, why_not
-from slurm_site import SLOW_DISK, Job, Site, make_site
+from slurm_site import SLOW_DISK, SNAKEMAKE, Job, Site, make_site
 
 from neuromamba.checkpoint import load_model_info
 from neuromamba.tables import read_table
@@ -226,6 +228,26 @@ def test_a_training_on_two_nodes_is_the_same_one_to_rounding(site: Site, beside:
     for row, other in zip(together, alone, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3), row["step"]
     assert load_model_info(two.pretrained)["processes"] == 2
+
+
+def test_dvc_runs_its_stages_on_the_cluster(site: Site, tmp_path: Path):
+    pytest.importorskip("dvc", reason="the workflow extra is missing")
+    program = tmp_path / "bin" / "snakemake"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{SNAKEMAKE}")
+    program.chmod(0o755)
+    lab = make_repository(site.root, tmp_path / "lab")
+    path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent)])
+    environment = {**site.cluster.environment, "SNAKEMAKE_PROFILE": "slurm"}
+    environment["PATH"] = os.pathsep.join([path, environment["PATH"]])
+    on_cluster = Repository(lab.folder, environment)
+    assert on_cluster.reproduce("tokens@tiny") == ["index@tiny", "volumes@tiny", "tokens@tiny"]
+    finished = (site.cluster.folder / "finished").read_text().splitlines()
+    jobs = [line for line in finished if f"WorkDir={lab.folder} " in line]
+    assert len(jobs) == 5
+    assert all("JobState=COMPLETED" in job for job in jobs)
+    # Here, without the cluster, the same results are current.
+    assert lab.reproduce("tokens@tiny") == []
 
 
 def test_a_training_is_cut_by_its_time_limit_and_continued_to_the_same_bits(beside: Beside):

@@ -14,6 +14,7 @@ import pytest
 import xarray
 from scans import GRID, ball, make_config, series, write_index, write_run
 
+from neuromamba import tokens
 from neuromamba.config import Tokens, Volumes
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
@@ -341,3 +342,26 @@ def test_a_real_run_becomes_tokens(real_data: Path, tmp_path: Path) -> None:
     values = tokens.window(0, 12)
     assert np.isfinite(values[0, :, :216]).sum() == tokens.attrs["n_voxels"]
     assert abs(tokens.normalized(0, 12, "voxel")[np.isfinite(values)].std() - 1) < 0.01
+
+
+def test_a_process_that_was_given_up_takes_nothing_from_its_successor(
+    volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two make the same store; the later to end leaves that of the other, and nothing beside it."""
+    target, shard = tmp_path / "tokens.zarr", SETTINGS.shard_volumes
+    settings = (TOKENS, shard)
+    real, made = tokens.finish, []
+
+    def successor_first(*arguments: object) -> None:
+        monkeypatch.setattr(tokens, "finish", real)
+        make_tokens(volumes, target, *settings)
+        made.append(target.stat().st_ino)
+        real(*arguments)
+
+    monkeypatch.setattr(tokens, "finish", successor_first)
+    make_tokens(volumes, target, *settings)
+    assert [target.stat().st_ino] == made
+    assert list(tmp_path.iterdir()) == [target]
+    # One that was made from something else is replaced as ever.
+    make_tokens(volumes, target, TOKENS.model_copy(update={"brain_fraction": 0.5}), shard)
+    assert target.stat().st_ino not in made

@@ -76,7 +76,7 @@ class Volumes(Section):
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
     voxel_size: PositiveFloat = 2.0
     min_volumes: PositiveInt = 20
-    shard_volumes: PositiveInt = 48
+    shard_volumes: PositiveInt = 480
     compression_level: Annotated[int, Field(ge=1, le=22)] = 1
 
 

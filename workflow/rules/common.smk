@@ -35,6 +35,14 @@ try:
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
+if CONFIG.compute.nodes > 1 and "APPTAINER" in {
+    method.name for method in workflow.deployment_settings.deployment_method
+}:
+    raise WorkflowError(
+        f"compute.nodes is {CONFIG.compute.nodes}, and `--sdm apptainer` runs jobs where there is no "
+        "srun to start the other nodes; leave --sdm out, or use `--sdm conda`"
+    )
+
 # `neuromamba` is found also where Snakemake was started from an environment that is not active.
 # The second is for envs/neuromamba.post-deploy.sh, of which Snakemake runs a copy elsewhere.
 os.environ.update(
