@@ -23,6 +23,7 @@ from neuromamba.config import Config, Dataset
 from neuromamba.files import InputError, read_json
 from neuromamba.layout import Layout
 from neuromamba.listing import READERS, fingerprint, group_runs
+from neuromamba.records import forget_batches
 from neuromamba.stage import batch_of, refuse_if_too_many_excluded
 from neuromamba.tables import write_table
 
@@ -58,6 +59,7 @@ def run_index(config: Config, dataset: str) -> list[str]:
     batch = table["subject"].map(lambda subject: batch_of(subject, batches))
     for k in range(batches):
         write_table(layout.manifest("index", k), table[batch == k])
+    forget_batches(config, dataset)
     write_table(layout.index, table)
     return [str(subject) for subject in table["subject"].unique()]
 

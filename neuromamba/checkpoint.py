@@ -34,7 +34,14 @@ from tqdm import tqdm
 
 from neuromamba.files import InputError, atomic_path, digest_file
 from neuromamba.owned import OwnedFolder
-from neuromamba.record import ChangedError, OnChange, differences, provenance, read_verified
+from neuromamba.record import (
+    COMPARED,
+    ChangedError,
+    OnChange,
+    differences,
+    provenance,
+    read_verified,
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -142,6 +149,10 @@ def load_checkpoint(
         except (InputError, KeyError, OSError, safetensors.SafetensorError) as error:
             damage.append(f"{path}: the checkpoint is damaged ({error})")
             continue
+        # Code that was mended goes on with the training that it was mended for.
+        if edited := differences(facts, record, ["code"]):
+            files = ", ".join(line.split(":")[0].removeprefix("code.") for line in edited)
+            tqdm.write(f"{path}: going on with other code ({files})", file=sys.stderr)
         for line in damage:
             tqdm.write(f"{line}; going on from the one before, {path.name}", file=sys.stderr)
         return checkpoint
@@ -244,7 +255,7 @@ def put_weights(model: nn.Module, tensors: Tensors, source: Path) -> None:
 
 
 def finished(folder: Path, record: Mapping[str, Any], on_change: OnChange) -> bool:
-    """Whether a model trained under the same settings and inputs is already there.
+    """Whether a model trained under the same settings and inputs, by the same code, is there.
 
     Raises
     ------
@@ -253,30 +264,13 @@ def finished(folder: Path, record: Mapping[str, Any], on_change: OnChange) -> bo
     """
     if not (folder / "model.json").exists():
         return False
-    changes = differences(load_model_info(folder), record)
+    changes = differences(load_model_info(folder), record, (*COMPARED, "code"))
     if changes and on_change == "refuse":
         raise ChangedError(folder / "model.json", changes)
     if changes:
         # Gone first, so that no later stage takes the old model for the new one.
         (folder / "model.json").unlink()
     return not changes
-
-
-def ancestry(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What the `model.json` of a model says of the one it started from."""
-    names = ("dataset", "model", "seed", "subjects", "files", "pretrained_from")
-    return {name: info[name] for name in names if name in info}
-
-
-def seen_subjects(info: Mapping[str, Any], dataset: str) -> set[str]:
-    """Every subject of `dataset` that a model, or any that it started from, has seen.
-
-    Seen is what it was trained or chosen on. Models of a mixture name subjects `dataset/sub-01`;
-    names without a dataset are taken to be of this one, for the weights may have come from a copy.
-    """
-    own = {name.removeprefix(f"{dataset}/") for part in info["subjects"].values() for name in part}
-    earlier = info.get("pretrained_from")
-    return own | (seen_subjects(earlier, dataset) if earlier else set())
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ What the subcommands do is in `commands`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         COMMANDS[options.stage](options)
+        sys.stdout.flush()
     except InputError as error:
         print(f"neuromamba {options.stage}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads what is printed has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -58,9 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(_add(stages, "verify", text, batched))
     _add_estimate(_add(stages, "estimate", "tell what a dataset would need in space and time", []))
     _add(stages, "status", "tell which results are missing or out of date, and why", [])
+    text = "keep results that only changed code has put out of date, as you know it gives the same"
+    _add(stages, "accept", text, [])
     text = "write data/DATASET/manifest.tsv, by which DVC can watch data that it does not hold"
     _add(stages, "manifest", text, ["dataset"])
-    _add(stages, "record", "record the finished results of config/config.yaml in DVC", [])
+    text = "record the finished results of config/config.yaml in DVC"
+    record = stages.add_parser("record", help=text, description=text.capitalize() + ".")
+    record.set_defaults(config=[Path("config/config.yaml")], set=[])  # which is what DVC records
     return parser
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from neuromamba.config import Config, load_config
 from neuromamba.files import InputError
-from neuromamba.keys import recorded
 from neuromamba.launch import start_processes
+from neuromamba.recording import recorded
 from neuromamba.stages import Job
 
 
@@ -258,6 +258,13 @@ def _status(options: argparse.Namespace) -> None:
     print("\n".join(lines) if lines else "everything is up to date")
 
 
+def _accept(options: argparse.Namespace) -> None:
+    from neuromamba.status import accept_code
+
+    for job in accept_code(_config(options)):
+        print(f"accepted: {job}")
+
+
 def _manifest(options: argparse.Namespace) -> None:
     from neuromamba.listing import write_manifest
 
@@ -293,6 +300,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "verify": _verify,
     "estimate": _estimate,
     "status": _status,
+    "accept": _accept,
     "manifest": _manifest,
     "record": _record,
 }

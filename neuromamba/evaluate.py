@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 
 from neuromamba.baselines import load_connectivity, no_features, predict_class, predict_number
-from neuromamba.checkpoint import load_model_info, seen_subjects
+from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config
 from neuromamba.files import InputError, write_json
 from neuromamba.finetune import predict_subjects
 from neuromamba.layout import Layout
 from neuromamba.metrics import PROBABILITY, compare, compute_metrics, read_predictions
 from neuromamba.participants import read_participants
+from neuromamba.record import seen_subjects
 from neuromamba.splits import read_split
 from neuromamba.stage import usable_runs
 from neuromamba.tables import read_table, write_table

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
-from neuromamba.checkpoint import ancestry, load_model_info, load_weights
+from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Classification, Config, Finetune
 from neuromamba.files import InputError, digest_json
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
@@ -40,7 +40,7 @@ from neuromamba.pretrain import (
     open_windows,
     train_and_save,
 )
-from neuromamba.record import OnChange, differences
+from neuromamba.record import OnChange, ancestry, differences
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
 from neuromamba.splits import read_split

@@ -12,10 +12,8 @@ or it is removed, so that subjects added later are processed but change no train
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,36 +22,19 @@ import pandas as pd
 
 import neuromamba
 from neuromamba.config import Config
-from neuromamba.files import InputError, digest_file, digest_json
+from neuromamba.files import InputError, digest_file, digest_json, read_json, write_json
 from neuromamba.layout import Layout
 from neuromamba.listing import LISTING_COLUMNS, list_runs_of
 from neuromamba.participants import read_participants
-from neuromamba.records import Record, explain, read_record, remove_record, write_record
+from neuromamba.records import Record, explain, read_record, write_record
 from neuromamba.source_code import code_of
 from neuromamba.splits import read_split
 from neuromamba.stage import batch_of
-from neuromamba.stages import BATCHED, Job, jobs_before, modules_of, settings_of
+from neuromamba.stages import BATCHED, Job, jobs_before, modules_of, output_of, settings_of
 from neuromamba.tables import read_table
 
 NOT_MADE = "not made yet"
 FOLLOWS = "what comes before it has to run"
-
-
-@contextmanager
-def recorded(config: Config, job: Job) -> Iterator[None]:
-    """Run a job in this block: its old record goes before, the new one is written on success.
-
-    The record is of what the block finds on disk, whatever the config says of the jobs before it.
-    Of the processes of a distributed job, the first writes.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    keys = Keys(config) if job.stage == "index" else _OnDisk(config)
-    record = keys.record(job)
-    remove_record(config, job)
-    yield
-    write_record(config, job, record)
 
 
 class Keys:
@@ -66,6 +47,7 @@ class Keys:
         self.config = config
         self._recipes: dict[Job, str] = {}
         self._keys: dict[Job, str | None] = {}
+        self._data_digests: dict[Job, str] = {}
         self._stale: dict[Job, bool] = {}
         self._below_stale: dict[Job, bool] = {}
         self._listings: dict[str, pd.DataFrame] = {}
@@ -79,6 +61,7 @@ class Keys:
         return {
             "job": str(job),
             "key": key,
+            "data": self._data_digests.get(job),
             "outside": self._outside.get(job, {}),
             "recipe": self.recipe(job),
             "settings": settings_of(self.config, job),
@@ -90,7 +73,8 @@ class Keys:
         """Digest of a job's recipe and data; `None` while it has no data."""
         if job not in self._keys:
             try:
-                self._keys[job] = digest_json([self.recipe(job), self._data(job)])
+                data = self._data_digests[job] = digest_json(self._data(job))
+                self._keys[job] = digest_json([self.recipe(job), data, self._chained(job)])
             except (InputError, OSError):  # the stage itself tells what is wrong
                 self._keys[job] = None
         return self._keys[job]
@@ -100,7 +84,9 @@ class Keys:
         any_batch = replace(job, batch=0) if job.stage in BATCHED else job
         if any_batch not in self._recipes:
             settings, code = settings_of(self.config, job), code_of(*modules_of(self.config, job))
-            before = sorted({self._recipe_before(one) for one in jobs_before(self.config, job)})
+            # A split stays when what lies before it changes; its data tell whether it still serves.
+            earlier = [] if job.stage == "splits" else jobs_before(self.config, job)
+            before = sorted({self._recipe_before(one) for one in earlier})
             self._recipes[any_batch] = digest_json([job.stage, settings, code, before])
         return self._recipes[any_batch]
 
@@ -128,6 +114,19 @@ class Keys:
             self._below_stale[job] = found
         return self._below_stale[job]
 
+    def accept(self, job: Job) -> bool:
+        """Give a result the record of now, if it is whole and nothing but code has changed."""
+        old, new = read_record(self.config, job), self.record(job)
+        alike = bool(old) and all(old.get(name) == new[name] for name in ("settings", "data"))
+        if not alike or any(self.is_stale(one) for one in jobs_before(self.config, job)):
+            return False
+        output = output_of(self.config, job)
+        if output.name == "model.json":  # which a training asks whether it is done
+            write_json(output, read_json(output) | {"code": new["code"]})
+        write_record(self.config, job, new)
+        self._stale[job] = False
+        return True
+
     def why(self, job: Job) -> str:
         """In words, why a job has to run."""
         old = read_record(self.config, job)
@@ -136,7 +135,7 @@ class Keys:
             return "; ".join(changes)
         if self.is_below_stale(job):
             return FOLLOWS
-        return "its data have changed: runs, labels, atlas or weights to start from"
+        return "what it works on has changed: runs, labels, atlas, batches or weights to start from"
 
     def came_later(self, dataset: str) -> list[str]:
         """Subjects with data that are in no part of the dataset's split, which is older."""
@@ -156,27 +155,48 @@ class Keys:
         """What a job works on beside the results of those before it, JSON-able."""
         match job.stage:
             case "index":
-                return [self.config.compute.batches, digest_json(self._rows(job.dataset))]
+                keys = {"derivatives", "entities", "files", "exclude", "resolution"}
+                where = self.config.datasets[job.dataset].model_dump(mode="json", include=keys)
+                return [where, self.config.compute.batches, self._rows(job.dataset)]
             case "volumes" | "tokens":
                 return digest_json(self._rows(job.dataset, job.batch))
             case "rois":
                 rows = digest_json(self._rows(job.dataset, job.batch))
-                return [rows, self._digest(job, "atlas", self.config.datasets[job.dataset].atlas)]
+                return [rows, self._atlas(job)]
             case "splits":
                 return self._frozen(job.dataset)
             case "excluded":
                 return digest_json(self._rows(job.dataset))
             case "scaling" | "scores" | "report":
-                return [self._key_before(one) for one in jobs_before(self.config, job)]
+                return []
         data: list[Any] = []
         for name in self.config.members(job.dataset):
             data += self._subjects_and_runs(name)
             if job.stage not in ("pretrain", "forecast"):
                 data.append(self._labels_digest(job, name))
-        if job.stage == "pretrain":
+        if job.stage in ("pretrain", "cell"):
             start = self.config.models[job.model].pretrain.init_from
             data.append(self._digest(job, "init_from", start and f"{start}/model.json"))
         return data
+
+    def _chained(self, job: Job) -> list[str]:
+        """What the key depends on of the data of the jobs before, as recipes hold none.
+
+        Labels, weights to start from or another member of a mixture stand in the keys of trainings.
+        """
+        before = jobs_before(self.config, job)
+        if job.stage in ("scaling", "scores", "report"):
+            return [self._key_before(one) for one in before]
+        trained = [self._key_before(one) for one in before if one.stage in ("pretrain", "finetune")]
+        if job.stage not in ("evaluate", "forecast", "finetune"):
+            return []
+        return trained + sorted({str(self._atlas_before(o)) for o in before if o.stage == "rois"})
+
+    def _atlas(self, job: Job) -> str | None:
+        return self._digest(job, "atlas", self.config.datasets[job.dataset].atlas)
+
+    def _atlas_before(self, job: Job) -> str | None:
+        return self._atlas(job)
 
     def _digest(
         self, job: Job, name: str, file: str | None, digest: Callable[[], str] | None = None
@@ -243,8 +263,9 @@ class Keys:
         """The runs as they are now, or as the index has them where the scans are elsewhere."""
         settings = self.config.datasets[dataset]
         index = Layout.of(self.config, dataset).index
-        if index.exists() and not Path(settings.derivatives).exists():
-            return _read_listing(index)
+        folder = Path(settings.derivatives)
+        if index.exists() and not (folder.is_dir() and any(folder.iterdir())):
+            return read_listing(index)
         with warnings.catch_warnings(action="ignore"):  # the stage itself warns
             return list_runs_of(settings)
 
@@ -255,25 +276,8 @@ class Keys:
         return self._labels[dataset]
 
 
-class _OnDisk(Keys):
-    """The same for a job that starts: the jobs before it are what their records say."""
-
-    def _recipe_before(self, job: Job) -> str:
-        return str(read_record(self.config, job).get("recipe"))
-
-    def _key_before(self, job: Job) -> str:
-        return str(read_record(self.config, job).get("key"))
-
-    def _data(self, job: Job) -> Any:
-        # What a split is made of is checked later, against the subjects that it then has.
-        return True if job.stage == "splits" else super()._data(job)
-
-    def _list_runs(self, dataset: str) -> pd.DataFrame:
-        index = Layout.of(self.config, dataset).index
-        return _read_listing(index) if index.exists() else super()._list_runs(dataset)
-
-
-def _read_listing(index: Path) -> pd.DataFrame:
+def read_listing(index: Path) -> pd.DataFrame:
+    """The listing that an `index.tsv` holds; `InputError` when it is of an older version."""
     table = read_table(index, dtype="string")
     if missing := set(LISTING_COLUMNS) - set(table):
         raise InputError(f"{index} has no column {', '.join(missing)}; make the index again")

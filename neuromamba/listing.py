@@ -5,9 +5,9 @@ The workflow compares this list with the index to see which runs are new or have
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -17,15 +17,17 @@ import pandas as pd
 
 from neuromamba.bids_scan import FoundRun, find_runs, subject_name
 from neuromamba.config import Dataset
-from neuromamba.files import InputError, digest_json
+from neuromamba.files import InputError, digest_file, digest_json, write_json
 from neuromamba.tables import write_table
 
 LISTING_COLUMNS = ["run", "subject", "fingerprint"]
 READERS = 8
 """Threads that read: on a network file system each read waits for the server."""
 SAMPLE = 4096
-"""Bytes that are read in the middle and at the end of a file. The last eight bytes of a gzip file
-hold the checksum and the size of its content, so that any other content shows."""
+"""Bytes that are read at the end of a file, and in the middle if it is not compressed.
+
+The last eight bytes of a gzip file hold the checksum and the size of its content: any other content
+shows."""
 
 
 def list_runs_of(dataset: Dataset) -> pd.DataFrame:
@@ -49,6 +51,8 @@ def list_runs_of(dataset: Dataset) -> pd.DataFrame:
 def write_manifest(dataset: Dataset, name: str) -> Path:
     """Write the listing to `data/{name}/manifest.tsv`, which DVC watches in place of the scans.
 
+    Beside it, `outside.json` has the digests of the table of subjects and of the atlas.
+
     Raises
     ------
     InputError
@@ -62,6 +66,10 @@ def write_manifest(dataset: Dataset, name: str) -> Path:
         )
     table = list_runs_of(dataset)
     write_table(path, table)
+    participants = dataset.participants.file if dataset.participants else None
+    outside = {"participants": participants, "atlas": dataset.atlas}
+    digests = {key: file and digest_file(file) for key, file in outside.items()}
+    write_json(path.with_name("outside.json"), digests)
     print(f"{path}: {len(table)} runs")
     return path
 
@@ -79,21 +87,25 @@ def fingerprint(group: Sequence[FoundRun]) -> str:
     the strength of their checksum; other images may be changed in between without a trace. Where
     the files lie and when they were written does not count.
     """
-    files = [path for run in group for path in (run.bold, run.mask, run.sidecar) if path]
+    files = [
+        path for run in group for path in (run.bold, run.mask, run.sidecar, run.confounds) if path
+    ]
     return digest_json([[Path(path).name, *_sample(path)] for path in files])[:16]
 
 
-def _sample(path: str) -> tuple[int, int]:
+def _sample(path: str) -> tuple[int, str]:
+    # Not a CRC, which is the same for all content that stands beside its own CRC.
+    digest = hashlib.sha256()
     try:
         with Path(path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            check = 0
-            for start in (size // 2, max(0, size - SAMPLE)):
+            middle = [] if path.endswith(".gz") else [size // 2]
+            for start in (*middle, max(0, size - SAMPLE)):
                 stream.seek(start)
-                check = zlib.crc32(stream.read(SAMPLE), check)
+                digest.update(stream.read(SAMPLE))
     except OSError:
-        return (-1, 0)  # the index tells what is wrong with it
-    return (size, check)
+        return (-1, "")  # the index tells what is wrong with it
+    return (size, digest.hexdigest())
 
 
 def _without_excluded(runs: list[FoundRun], dataset: Dataset) -> list[FoundRun]:

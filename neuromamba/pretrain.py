@@ -16,14 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
-from neuromamba.checkpoint import (
-    CHECKPOINTS,
-    ancestry,
-    finished,
-    load_model_info,
-    load_weights,
-    save_model,
-)
+from neuromamba.checkpoint import CHECKPOINTS, finished, load_model_info, load_weights, save_model
 from neuromamba.config import Config, Optimiser
 from neuromamba.distributed import join
 from neuromamba.files import InputError, digest_file, digest_json
@@ -32,7 +25,7 @@ from neuromamba.models import build_model
 from neuromamba.owned import OwnedFolder, own
 from neuromamba.participants import read_participants
 from neuromamba.prefetch import prefetch
-from neuromamba.record import OnChange
+from neuromamba.record import OnChange, ancestry
 from neuromamba.runtime import choose_device, telling_full_disk
 from neuromamba.source_code import code_of
 from neuromamba.splits import nested_share, read_split
@@ -164,8 +157,8 @@ def make_record(
         "inputs": {
             "split": splits.get(dataset, splits),
             "runs": digest_json(runs[["run", "key"]].astype(str).to_numpy().tolist()),
-            "code": code_of(stage, f"models.{config.models[model].family}"),
         },
+        "code": code_of(stage, f"models.{config.models[model].family}"),
     }
 
 

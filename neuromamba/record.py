@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ FORMAT = 2
 
 OnChange = Literal["refuse", "restart"]
 
-_COMPARED = ("settings", "inputs")
+COMPARED = ("settings", "inputs")
 
 
 class ChangedError(InputError):
@@ -38,9 +38,11 @@ class ChangedError(InputError):
         )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], compared: Sequence[str] = COMPARED
+) -> list[str]:
     """Lines `key: old -> new` for all settings and inputs that differ."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = _flatten(old, compared), _flatten(new, compared)
     return [
         f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
         for key in dict.fromkeys([*before, *after])
@@ -83,6 +85,23 @@ def read_verified(path: Path, may_lack: str = "") -> dict[str, Any]:
     return facts
 
 
+def ancestry(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `model.json` of a model says of the one it started from."""
+    names = ("dataset", "model", "seed", "subjects", "files", "pretrained_from")
+    return {name: info[name] for name in names if name in info}
+
+
+def seen_subjects(info: Mapping[str, Any], dataset: str) -> set[str]:
+    """Every subject of `dataset` that a model, or any that it started from, has seen.
+
+    Seen is what it was trained or chosen on. Models of a mixture name subjects `dataset/sub-01`;
+    names without a dataset are taken to be of this one, for the weights may have come from a copy.
+    """
+    own = {name.removeprefix(f"{dataset}/") for part in info["subjects"].values() for name in part}
+    earlier = info.get("pretrained_from")
+    return own | (seen_subjects(earlier, dataset) if earlier else set())
+
+
 @cache
 def _git_revision() -> str | None:
     """Commit of the checkout that holds this file, with `-dirty` when it has changes."""
@@ -100,7 +119,7 @@ def _git_revision() -> str | None:
     return done.stdout.strip()
 
 
-def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(record: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -110,6 +129,6 @@ def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[prefix.removeprefix(".")] = value
 
-    for name in _COMPARED:
-        visit("" if name == "settings" else f".{name}", record[name])
+    for name in compared:
+        visit("" if name == "settings" else f".{name}", record.get(name, {}))
     return flat

@@ -1,16 +1,19 @@
 """The record that a job leaves beside its result: what the result was made with.
 
-`{output}.key.json` holds the job's `settings`, the digests of its `code`, of files from `outside`
-the results, its `recipe` and its `key` (see `neuromamba.keys`). A result without one is not whole.
+`{output}.key.json` holds the job's `settings`, the digests of its `code`, of its `data` and of what
+lies `outside` the results, the names of its `files`, its `recipe` and its `key` (see
+`neuromamba.keys`). A result without one is not whole.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from neuromamba.config import Config
 from neuromamba.files import InputError, read_json, write_json
+from neuromamba.layout import Layout
 from neuromamba.stages import BATCHED, Job, output_of
 
 Record = dict[str, Any]
@@ -27,6 +30,8 @@ def read_record(config: Config, job: Job) -> Record:
     if not output.exists():
         return {}
     record = _read(record_path(output))
+    if any(not output.with_name(name).exists() for name in record.get("files", [])):
+        return {}
     beside = _beside_arrays(config, job)
     if record and beside and beside.exists() and _read(beside).get("key") != record.get("key"):
         return {}
@@ -44,7 +49,17 @@ def write_record(config: Config, job: Job, record: Record) -> None:
     """Tell that a job has succeeded."""
     if beside := _beside_arrays(config, job):
         write_json(beside, {"key": record["key"]})
-    write_json(record_path(output_of(config, job)), record)
+    output = output_of(config, job)
+    write_json(record_path(output), record | {"files": _files_of(job, output)})
+
+
+def _files_of(job: Job, output: Path) -> list[str]:
+    """Names of the files that a job has written in one folder, all of which have to be there."""
+    if job.stage not in ("pretrain", "cell", "finetune", "evaluate", "forecast"):
+        return []
+    optional = {record_path(output).name, "last.safetensors"}
+    files = (path for path in output.parent.iterdir() if path.is_file())
+    return sorted(path.name for path in files if path.name not in optional)
 
 
 def _beside_arrays(config: Config, job: Job) -> Path | None:
@@ -78,3 +93,17 @@ def _changes(key: str, old: Any, new: Any) -> list[str]:
         below = [_changes(f"{key}.{name}", old.get(name), new.get(name)) for name in names]
         return [line for lines in below for line in lines]
     return [] if old == new else [f"{key.removeprefix('.')} was {old}, is {new}"]
+
+
+def forget_batches(config: Config, dataset: str) -> None:
+    """Remove the lists of batches that are no more, for other jobs change their arrays."""
+    for stage in ("index", *BATCHED):
+        job = Job(stage, dataset, batch=0)
+        folder = Layout.of(config, dataset).manifest(stage, 0).parent
+        for manifest in folder.glob("batch-*.tsv"):
+            number = int(manifest.stem.removeprefix("batch-"))
+            if number >= config.compute.batches:
+                record_path(manifest).unlink(missing_ok=True)
+                manifest.unlink()
+                if beside := _beside_arrays(config, replace(job, batch=number)):
+                    write_json(beside, {"key": None})

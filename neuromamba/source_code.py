@@ -31,6 +31,7 @@ NEUTRAL = frozenset(
         "owned",
         "prefetch",
         "record",
+        "recording",
         "records",
         "runtime",
         "source_code",

@@ -26,6 +26,7 @@ from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.participants import read_participants
 from neuromamba.stage import read_manifest
+from neuromamba.stages import stratified_by
 from neuromamba.tables import read_table, write_table
 
 PARTS = ("train", "validation", "test")
@@ -163,10 +164,9 @@ def nested_share(
 
 def _strata(facts: pd.DataFrame, dataset: Dataset) -> pd.Series:
     """A text for each subject that is equal within a stratum; missing values are their own."""
-    kinds = {name: target.kind for name, target in dataset.targets.items()}
-    names = [name for name, kind in kinds.items() if kind == "classification"] or list(kinds)
-    label = facts[names[0]] if names else pd.Series(pd.NA, index=facts.index)
-    if names and kinds[names[0]] == "regression":
+    name = stratified_by(dataset)
+    label = facts[name] if name else pd.Series(pd.NA, index=facts.index)
+    if name and dataset.targets[name].kind == "regression":
         # Ranks, not values, so that ties and outliers leave no fifth empty.
         label = (label.rank(pct=True) * BINS).apply(np.ceil)
     return label.astype(str) + "\t" + facts["site"].astype(str)

@@ -183,8 +183,8 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
     match job.stage:
         case "index":
             assert dataset is not None
-            keys = {"derivatives", "space", "resolution", "entities", "files", "repetition_time"}
-            return {"dataset": dataset.model_dump(mode="json", include={*keys, "exclude"})}
+            keys = {"space", "repetition_time"}
+            return {"dataset": dataset.model_dump(mode="json", include=keys)}
         case "volumes":
             assert dataset is not None
             own = {"space": dataset.space, "time_patch": config.tokens.time_patch}
@@ -193,11 +193,11 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
             return {job.stage: getattr(config, job.stage).model_dump(mode="json")}
         case "splits":
             assert dataset is not None
-            participants = dataset.participants
+            participants, target = dataset.participants, stratified_by(dataset)
             return {
                 "splits": config.splits.model_dump(mode="json"),
                 "site_column": participants and participants.site_column,
-                "targets": {name: target_settings(dataset, name) for name in dataset.targets},
+                "stratified_by": target and {target: target_settings(dataset, target)},
             }
         case "scaling":
             return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
@@ -225,6 +225,12 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
             own = {"forecast": config.forecast.model_dump(mode="json")}
             return own | {"evaluate": {key: evaluate[key] for key in kept}}
     return {"evaluate": evaluate}
+
+
+def stratified_by(dataset: Dataset) -> str | None:
+    """The target that a split is stratified by: the first classification, or else the first."""
+    classes = [n for n, target in dataset.targets.items() if isinstance(target, Classification)]
+    return next(iter([*classes, *dataset.targets]), None)
 
 
 def target_settings(dataset: Dataset, name: str) -> dict[str, Any]:

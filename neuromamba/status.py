@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 from neuromamba.config import Config
 from neuromamba.files import InputError
 from neuromamba.keys import Keys
+from neuromamba.listing import write_manifest
 from neuromamba.stages import all_jobs
 
 SHOWN = 20
@@ -16,6 +18,21 @@ def what_is_stale(config: Config) -> list[str]:
     """One line for each job of the config that has to run, with the reason, in order."""
     keys = Keys(config)
     return [f"{job}: {keys.why(job)}" for job in all_jobs(config) if keys.is_stale(job)]
+
+
+def accept_code(config: Config) -> list[str]:
+    """Take results for those of the present code where nothing but code has changed.
+
+    For code that was rewritten and is known to give the same. Results whose settings or data have
+    changed stay out of date, and so do all below them.
+
+    Returns
+    -------
+    list of str
+        The jobs whose results were accepted.
+    """
+    keys = Keys(config)
+    return [str(job) for job in all_jobs(config) if keys.is_stale(job) and keys.accept(job)]
 
 
 def record_in_dvc(config: Config) -> None:
@@ -35,6 +52,9 @@ def record_in_dvc(config: Config) -> None:
             "nothing is recorded, because the results are not those of the config:\n  "
             f"{lines}\nrun `snakemake all` to its end first"
         )
+    for name, dataset in config.datasets.items():
+        if Path("data", name, "manifest.tsv").exists():
+            write_manifest(dataset, name)
     done = subprocess.run(["dvc", "commit", "--force"], check=False)
     if done.returncode:
         raise InputError(f"`dvc commit` ended with status {done.returncode}; see its message above")

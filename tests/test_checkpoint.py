@@ -127,6 +127,16 @@ def test_restart_trains_from_the_start(tmp_path):
     assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
 
 
+def test_mended_code_goes_on_with_the_training_that_it_was_mended_for(tmp_path, whole, capsys):
+    settings = Optimiser(**SETTINGS).model_dump(mode="json")
+    record = {"settings": settings, "inputs": {"split": "a"}}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, training=failing_at(8), record=record | {"code": {"train.py": "a"}})
+    again = train(tmp_path, record=record | {"code": {"train.py": "b"}}, on_change="restart")
+    assert_same(again, whole[1])
+    assert "going on with other code (train.py)" in capsys.readouterr().err
+
+
 def test_restart_continues_an_unchanged_training(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, training=failing_at(8))

@@ -12,7 +12,7 @@ import torch
 from fake_runs import FakeStore, make_config, write_dataset
 from torch import nn
 
-from neuromamba.checkpoint import load_model_info, seen_subjects
+from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config, NeuroMamba
 from neuromamba.files import InputError
 from neuromamba.finetune import make_task, predict_subjects, read_labels, run_finetune
@@ -20,6 +20,7 @@ from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
 from neuromamba.pretrain import run_pretrain
+from neuromamba.record import seen_subjects
 from neuromamba.tables import read_table, write_table
 
 FINETUNE = {

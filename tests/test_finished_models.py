@@ -9,16 +9,9 @@ import torch
 from fake_runs import Toy
 from torch import nn
 
-from neuromamba.checkpoint import (
-    ancestry,
-    finished,
-    load_model_info,
-    load_weights,
-    save_model,
-    seen_subjects,
-)
+from neuromamba.checkpoint import finished, load_model_info, load_weights, save_model
 from neuromamba.files import InputError
-from neuromamba.record import differences
+from neuromamba.record import ancestry, differences, seen_subjects
 
 RECORD = {"settings": {"a": {"b": 1, "c": [1, 2]}}, "inputs": {"split": "x"}}
 
@@ -65,6 +58,14 @@ def test_a_finished_model_of_other_settings_is_refused_or_removed(tmp_path):
         finished(tmp_path, changed, "refuse")
     assert not finished(tmp_path, changed, "restart")
     assert not (tmp_path / "model.json").exists()
+
+
+def test_a_finished_model_of_other_code_is_refused_or_removed(tmp_path):
+    save_model(tmp_path, Toy().state_dict(), RECORD | {"code": {"train.py": "a"}})
+    changed = RECORD | {"code": {"train.py": "b"}}
+    with pytest.raises(InputError, match=r"code\.train\.py: a -> b"):
+        finished(tmp_path, changed, "refuse")
+    assert not finished(tmp_path, changed, "restart")
 
 
 def test_differences_name_keys_that_came_and_went():

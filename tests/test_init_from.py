@@ -11,10 +11,11 @@ import torch
 from fake_runs import FakeStore, make_config, rows, write_dataset
 from safetensors.torch import load_file, save_file
 
-from neuromamba.checkpoint import load_model_info, seen_subjects
+from neuromamba.checkpoint import load_model_info
 from neuromamba.files import InputError, digest_file
 from neuromamba.layout import Layout
 from neuromamba.pretrain import run_pretrain
+from neuromamba.record import seen_subjects
 
 STEPS = {"steps": 8, "batch_size": 4, "validate_every": 4, "checkpoint_every": 4, "log_every": 2}
 

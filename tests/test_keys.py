@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,11 +15,12 @@ import yaml
 from neuromamba import keys, source_code
 from neuromamba.config import Config, build_config
 from neuromamba.files import write_text
-from neuromamba.keys import FOLLOWS, NOT_MADE, Keys, recorded
+from neuromamba.keys import FOLLOWS, NOT_MADE, Keys
 from neuromamba.layout import Layout
-from neuromamba.records import record_path
+from neuromamba.recording import recorded
+from neuromamba.records import forget_batches, record_path
 from neuromamba.stages import Job, all_jobs, jobs_before, output_of
-from neuromamba.status import record_in_dvc, what_is_stale
+from neuromamba.status import accept_code, record_in_dvc, what_is_stale
 from neuromamba.tables import write_table
 
 MODEL = {"family": "neuromamba", "width": 64, "depth": 1}
@@ -35,7 +37,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> dict[str, object]:
+def settings(tmp_path: Path) -> dict[str, Any]:
     people = pd.DataFrame(
         {
             "participant_id": [f"sub-{k:02d}" for k in range(13)],
@@ -45,6 +47,7 @@ def settings(tmp_path: Path) -> dict[str, object]:
     )
     write_table(tmp_path / "participants.tsv", people)
     (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "dataset_description.json").touch()
     sex = {"kind": "classification", "column": "sex", "classes": {"female": "F", "male": "M"}}
     dataset = {
         "derivatives": str(tmp_path / "scans"),
@@ -59,7 +62,7 @@ def settings(tmp_path: Path) -> dict[str, object]:
     }
 
 
-def config_of(settings: dict[str, object], change: str = "") -> Config:
+def config_of(settings: dict[str, Any], change: str = "") -> Config:
     """The config, with one setting changed: `section.key=value`."""
     raw = json.loads(json.dumps(settings))
     if change:
@@ -87,7 +90,7 @@ def make(config: Config, job: Job) -> None:
 
 
 @pytest.fixture
-def config(scans: pd.DataFrame, settings: dict[str, object]) -> Config:
+def config(scans: pd.DataFrame, settings: dict[str, Any]) -> Config:
     """A config all of whose jobs have been done."""
     config = config_of(settings)
     for job in all_jobs(config):
@@ -104,7 +107,7 @@ TRAININGS = {"pretrain", "finetune", "evaluate", "scores", "report"}
 
 
 def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
-    config: Config, settings: dict[str, object], tmp_path: Path
+    config: Config, settings: dict[str, Any], tmp_path: Path
 ):
     assert stale(config) == set()
     Path(config.results).rename(tmp_path / "moved")
@@ -121,7 +124,9 @@ def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
         ("models.m.depth=2", TRAININGS),
         ("pretrain.learning_rate=0.5", TRAININGS),
         ("splits.seed=3", {"splits", *TRAININGS}),
-        ("rois.cube=9", {"rois", "excluded", "splits", *TRAININGS}),
+        ("rois.cube=9", {"rois", "excluded", "evaluate", "scores", "report"}),
+        ("tokens.brain_fraction=0.5", {"tokens", "excluded", *TRAININGS}),
+        ("datasets.d.exclude=[sub-77]", {"index"}),
         ("compute.batches=3", {"index", "volumes", "tokens", "rois"}),
         ("compute.max_excluded=0.5", set()),
         ("compute.device=cpu", set()),
@@ -132,12 +137,12 @@ def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
     ],
 )
 def test_a_setting_makes_its_stage_stale_and_those_below(
-    config: Config, settings: dict[str, object], change: str, expected: set[str]
+    config: Config, settings: dict[str, Any], change: str, expected: set[str]
 ):
     assert stale(config_of(settings, change)) == expected
 
 
-def test_a_second_seed_leaves_the_first_alone(config: Config, settings: dict[str, object]):
+def test_a_second_seed_leaves_the_first_alone(config: Config, settings: dict[str, Any]):
     found = Keys(config_of(settings, "seeds=[0, 1]"))
     jobs = [job for job in all_jobs(found.config) if found.is_stale(job)]
     assert {job.seed for job in jobs if job.model} == {1}
@@ -156,6 +161,29 @@ def test_code_makes_its_stage_stale_and_those_below(
     found = Keys(config)
     finetune = Job("finetune", "d", model="m", target="sex")
     assert found.why(finetune) == "code changed: neuromamba/heads.py"
+
+
+def test_results_of_rewritten_code_can_be_kept_and_no_others(
+    config: Config, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """A cosmetic change need not cost weeks of training."""
+    model = output_of(config, Job("pretrain", "d", model="m"))
+    model.write_text("{}")
+    for target in ("sex", "age"):
+        output_of(config, Job("finetune", "d", model="m", target=target)).write_text("{}")
+    real = source_code.code_of
+
+    def code_of(*modules: str) -> dict[str, str]:
+        return {file: digest + "x" * ("batches" in file) for file, digest in real(*modules).items()}
+
+    monkeypatch.setattr(keys, "code_of", code_of)
+    assert stale(config) == TRAININGS
+    other = config_of(settings, "finetune.steps=7")
+    assert accept_code(other) == ["pretrain (d, m, seed 0)"]
+    assert json.loads(model.read_text())["code"]["neuromamba/batches.py"].endswith("x")
+    assert stale(config) == TRAININGS - {"pretrain"}
+    assert len(accept_code(config)) == 6
+    assert stale(config) == set()
 
 
 def test_an_added_subject_makes_its_batch_stale_and_no_training(
@@ -214,7 +242,7 @@ def test_a_job_that_did_not_end_leaves_no_record(config: Config):
 
 
 def test_a_record_is_of_what_lay_on_disk_and_not_of_the_config(
-    config: Config, settings: dict[str, object]
+    config: Config, settings: dict[str, Any]
 ):
     """Tokens that are made by hand from volumes of other settings are not taken for right."""
     other = config_of(settings, "volumes.voxel_size=3")
@@ -226,8 +254,78 @@ def test_a_record_is_of_what_lay_on_disk_and_not_of_the_config(
     assert not Keys(other).is_stale(Job("tokens", "d", batch=0))
 
 
+def test_an_empty_mount_point_is_no_empty_dataset(config: Config, tmp_path: Path):
+    (tmp_path / "scans" / "dataset_description.json").unlink()
+    assert stale(config) == set()
+
+
+def test_other_weights_to_start_from_reach_the_evaluation(
+    config: Config, settings: dict[str, Any], tmp_path: Path
+):
+    write_text(tmp_path / "start" / "model.json", "{}")
+    other = config_of(settings, f"pretrain.init_from={tmp_path / 'start'}")
+    assert stale(other) == TRAININGS
+    for job in all_jobs(other):
+        make(other, job)
+    assert stale(other) == set()
+    write_text(tmp_path / "start" / "model.json", "{ }")
+    assert stale(other) == TRAININGS
+
+
+def test_another_atlas_reaches_the_evaluation(
+    config: Config, settings: dict[str, Any], tmp_path: Path
+):
+    write_text(tmp_path / "atlas.nii.gz", "regions")
+    other = config_of(settings, f"datasets.d.atlas={tmp_path / 'atlas.nii.gz'}")
+    assert stale(other) == {"rois", "evaluate", "scores", "report"}
+
+
+def test_a_mixture_reaches_the_fine_tuning_of_all_its_members(
+    scans: pd.DataFrame, settings: dict[str, Any]
+):
+    settings["datasets"] = {"d": settings["datasets"]["d"], "e": settings["datasets"]["d"]}
+    settings["mixtures"] = {"all": {"d": 0.5, "e": 0.5}}
+    config = config_of(settings, "pretrain.mixture=all")
+    for job in all_jobs(config):
+        make(config, job)
+    assert stale(config) == set()
+    path = Layout.of(config, "e").split
+    path.write_text(path.read_text().replace("sub-00\ttrain", "sub-00\ttest"))
+    found = Keys(config)
+    tuned = [Job("finetune", name, model="m", target="sex") for name in "de"]
+    assert all(found.is_stale(job) for job in tuned)
+
+
+def test_another_number_of_batches_leaves_no_list_of_before(
+    config: Config, settings: dict[str, Any]
+):
+    """Else the lists of the larger number would be taken for right when it comes back."""
+    forget_batches(config_of(settings, "compute.batches=1"), "d")
+    found = Keys(config)
+    batches = [Job("tokens", "d", batch=number) for number in range(2)]
+    assert [found.is_stale(job) for job in batches] == [False, True]
+
+
+def test_a_file_beside_the_last_of_a_job_is_missed(config: Config):
+    job = Job("evaluate", "d", model="m", target="sex")
+    beside = output_of(config, job).with_name("predictions.tsv")
+    with recorded(config, job):
+        write_text(beside, "made")
+        write_text(output_of(config, job), "made")
+    assert stale(config) == set()
+    beside.unlink()
+    assert "evaluate" in stale(config)
+
+
+def test_a_split_stays_when_other_targets_come_and_go(config: Config, settings: dict[str, Any]):
+    del settings["datasets"]["d"]["targets"]["age"]
+    assert stale(config_of(settings)) == {"scores", "report"}
+    settings["datasets"]["d"]["targets"]["sex"]["classes"] = {"female": "M", "male": "F"}
+    assert "splits" in stale(config_of(settings))
+
+
 def test_lists_of_arrays_that_are_no_longer_there_are_not_taken_for_right(
-    scans: pd.DataFrame, settings: dict[str, object], tmp_path: Path
+    scans: pd.DataFrame, settings: dict[str, Any], tmp_path: Path
 ):
     """DVC brings back the lists of another day, but not the arrays that lie apart from them."""
     config = config_of(settings, f"arrays={tmp_path / 'scratch'}")
@@ -258,7 +356,7 @@ def test_only_the_first_of_the_processes_of_a_job_writes(
 
 
 def test_reasons_are_told_in_words_and_nothing_stale_is_recorded(
-    config: Config, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    config: Config, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     other = config_of(settings, "finetune.steps=7")
     lines = what_is_stale(other)

@@ -12,7 +12,7 @@ import pytest
 from fake_bids import add_run
 
 from neuromamba.config import Dataset
-from neuromamba.files import InputError
+from neuromamba.files import InputError, read_json
 from neuromamba.listing import list_runs_of, write_manifest
 from neuromamba.tables import read_table
 
@@ -67,6 +67,7 @@ def test_a_manifest_is_for_scans_that_dvc_does_not_hold(
     path = write_manifest(Dataset(derivatives=str(tmp_path / "elsewhere")), "large")
     assert path == Path("data/large/manifest.tsv")
     assert list(read_table(path)["run"]) == ["sub-01_task-rest"]
+    assert read_json(path.with_name("outside.json")) == {"participants": None, "atlas": None}
     add_run(tmp_path / "data" / "small", "sub-01_task-rest")
     with pytest.raises(InputError, match="dvc add data/small"):
         write_manifest(Dataset(derivatives="data/small"), "small")

@@ -11,12 +11,13 @@ import pytest
 from fake_runs import FakeStore, make_config, write_dataset
 
 from neuromamba.batches import TokenWindows, Windows
-from neuromamba.checkpoint import load_model_info, seen_subjects
+from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config, Tokens
 from neuromamba.files import InputError
 from neuromamba.finetune import run_finetune
 from neuromamba.layout import Layout
 from neuromamba.pretrain import run_pretrain
+from neuromamba.record import seen_subjects
 
 WEIGHTS = {"big": 0.75, "small": 0.25}
 

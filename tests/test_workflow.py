@@ -95,7 +95,7 @@ def test_a_changed_comment_reruns_nothing(folder: Path, root: Path):
 
 BELOW_EVALUATE = {"evaluate_model": 2, "score_model": 1, "report": 1, "all": 1}
 BELOW_FINETUNE = {"finetune_model": 2, **BELOW_EVALUATE}
-BELOW_TOKENS = {"list_excluded": 1, "split_dataset": 1, "pretrain_model": 1, **BELOW_FINETUNE}
+BELOW_TOKENS = {"list_excluded": 1, "pretrain_model": 1, **BELOW_FINETUNE}
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,27 @@ def test_new_dates_and_no_history_rerun_nothing(folder: Path, root: Path):
 
 def test_scans_that_are_elsewhere_rerun_nothing(folder: Path, root: Path):
     (folder / "data").rename(folder / "archive")
-    assert planned_jobs(folder, root) == {}
+    planned = planned_jobs(folder, root)
     (folder / "archive").rename(folder / "data")
+    assert planned == {}
+
+
+def test_snakemakes_own_report_shows_the_results(folder: Path, root: Path):
+    done = snakemake(folder, root, "all", "--report", "snakemake.html")
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (folder / "snakemake.html").read_text()
+    assert "System Message" not in page
+    for text in ("fMRI runs were resampled", "sex (tiny)", "age (tiny)", "excluded.tsv"):
+        assert text in page
+
+
+def test_a_result_that_went_missing_is_made_again(folder: Path, root: Path):
+    path = folder / "results/tiny/tiny/seed-0/evaluate/sex/metrics.tsv"
+    path.rename(folder / "kept.tsv")
+    planned = planned_jobs(folder, root)
+    (folder / "kept.tsv").rename(path)
+    # Made of the same it will be the same, so nothing below it has to run.
+    assert planned == {"evaluate_model": 1, "all": 1}
 
 
 def test_what_is_forced_takes_what_is_below_with_it(folder: Path, root: Path):

@@ -152,8 +152,11 @@ def needs(stage):
 
 @cache
 def _is_below_forced(job):
-    """Whether a job comes after one that `--forcerun` names by its rule or its file."""
-    return any(
+    """Whether a job comes after one that `--forcerun` names by its rule or its file.
+
+    A split stays, whatever is made again before it.
+    """
+    return job.stage != "splits" and any(
         RULES[one.stage] in workflow.dag_settings.forcerun
         or str(output_of(CONFIG, one)) in workflow.dag_settings.forcerun
         or _is_below_forced(one)
@@ -185,6 +188,12 @@ if workflow.is_main_process:
 def all_of(stage):
     """The results of all jobs of a stage that the report rests on."""
     return [str(output_of(CONFIG, job)) for job in JOBS if job.stage == stage]
+
+
+def out_of_date():
+    """What `neuromamba status` tells, which nothing else may ask for: results that went missing."""
+    jobs = [job for job in JOBS if workflow.is_main_process and KEYS.is_stale(job)]
+    return [str(output_of(CONFIG, job)) for job in jobs]
 
 
 def all_studies(wildcards):
