@@ -255,7 +255,9 @@ def test_a_training_is_cut_by_its_time_limit_and_continued_to_the_same_bits(besi
     wait_for((limited.pretrained / "model.json").exists, "the end of the training", 240)
     wait_for(lambda: not any(is_there(job) for job in limited.jobs()), "the end of its job")
     *cut, last = limited.jobs().values()
-    assert {(job.state, job.limit, job.allocated) for job in cut} == {("FAILED", "1", APART)}
+    assert {(job.limit, job.allocated) for job in cut} == {("1", APART)}
+    # Where the machine is slow, a minute may end before the training has begun to listen.
+    assert {job.state for job in cut} <= {"FAILED", "TIMEOUT"}
     assert (last.state, last.limit) == ("COMPLETED", "1")
-    assert limited.log().count("told to stop after step") == len(cut) >= 1
+    assert 1 <= limited.log().count("told to stop after step") <= len(cut)
     assert_whole(limited, beside)
