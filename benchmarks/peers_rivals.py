@@ -86,7 +86,7 @@ def selective_scan(
     u, delta, z are (batch, channels, length), A (channels, state), B, C (batch, state, length).
     """
     if return_last_state or not delta_softplus or z is None:
-        raise NotImplementedError("only what training calls")
+        raise ValueError("needs z and delta_softplus, and gives no last state, as in a training")
     delta = F.softplus(delta if delta_bias is None else delta + delta_bias[:, None])
     parts = zip(*(v.split(WINDOWS_AT_ONCE) for v in (u, delta, B, C)), strict=True)
     y = torch.cat([checkpoint(_scan, A, *part, use_reentrant=False) for part in parts])

@@ -30,7 +30,15 @@ from neuromamba.records import Record, explain, read_record, write_record
 from neuromamba.source_code import code_of
 from neuromamba.splits import read_split
 from neuromamba.stage import batch_of
-from neuromamba.stages import BATCHED, Job, jobs_before, modules_of, output_of, settings_of
+from neuromamba.stages import (
+    BATCHED,
+    Job,
+    jobs_before,
+    model_of,
+    modules_of,
+    output_of,
+    settings_of,
+)
 from neuromamba.tables import read_table
 
 NOT_MADE = "not made yet"
@@ -40,14 +48,15 @@ FOLLOWS = "what comes before it has to run"
 class Keys:
     """The keys that results would have under a config, and which results have them.
 
-    The listings, labels and records are read once, when they are first asked for.
+    Listings and labels are read once, when they are first asked for.
+
+    A key has a twin, the `origin`, in which no code counts: it tells whether only code has changed.
     """
 
     def __init__(self, config: Config):
         self.config = config
-        self._recipes: dict[Job, str] = {}
-        self._keys: dict[Job, str | None] = {}
-        self._data_digests: dict[Job, str] = {}
+        self._recipes: dict[tuple[Job, bool], str] = {}
+        self._keys: dict[tuple[Job, bool], str | None] = {}
         self._stale: dict[Job, bool] = {}
         self._below_stale: dict[Job, bool] = {}
         self._listings: dict[str, pd.DataFrame] = {}
@@ -61,40 +70,43 @@ class Keys:
         return {
             "job": str(job),
             "key": key,
-            "data": self._data_digests.get(job),
+            "origin": self.key(job, code=False),
             "outside": self._outside.get(job, {}),
             "recipe": self.recipe(job),
+            "plan": self.recipe(job, code=False),
             "settings": settings_of(self.config, job),
             "code": code_of(*modules_of(self.config, job)),
             "neuromamba": neuromamba.__version__,
         }
 
-    def key(self, job: Job) -> str | None:
-        """Digest of a job's recipe and data; `None` while it has no data."""
-        if job not in self._keys:
+    def key(self, job: Job, code: bool = True) -> str | None:
+        """Digest of a job's recipe and data (without `code`: origin); `None` while it has none."""
+        if (job, code) not in self._keys:
             try:
-                data = self._data_digests[job] = digest_json(self._data(job))
-                self._keys[job] = digest_json([self.recipe(job), data, self._chained(job)])
+                parts = [self.recipe(job, code), self._data(job), self._chained(job, code)]
+                self._keys[job, code] = digest_json(parts)
             except (InputError, OSError):  # the stage itself tells what is wrong
-                self._keys[job] = None
-        return self._keys[job]
+                self._keys[job, code] = None
+        return self._keys[job, code]
 
-    def recipe(self, job: Job) -> str:
-        """Digest of the settings and the code of a job and of all jobs before it."""
+    def recipe(self, job: Job, code: bool = True) -> str:
+        """Digest of settings and code of a job and of all before it (without `code`: plan)."""
         any_batch = replace(job, batch=0) if job.stage in BATCHED else job
-        if any_batch not in self._recipes:
-            settings, code = settings_of(self.config, job), code_of(*modules_of(self.config, job))
+        if (any_batch, code) not in self._recipes:
+            own = [job.stage, settings_of(self.config, job)]
+            if code:
+                own.append(code_of(*modules_of(self.config, job)))
             # A split stays when what lies before it changes; its data tell whether it still serves.
             earlier = [] if job.stage == "splits" else jobs_before(self.config, job)
-            before = sorted({self._recipe_before(one) for one in earlier})
-            self._recipes[any_batch] = digest_json([job.stage, settings, code, before])
-        return self._recipes[any_batch]
+            before = sorted({self._recipe_before(one, code) for one in earlier})
+            self._recipes[any_batch, code] = digest_json([*own, before])
+        return self._recipes[any_batch, code]
 
-    def _recipe_before(self, job: Job) -> str:
-        return self.recipe(job)
+    def _recipe_before(self, job: Job, code: bool) -> str:
+        return self.recipe(job, code)
 
-    def _key_before(self, job: Job) -> str:
-        return str(self.key(job))
+    def _key_before(self, job: Job, code: bool) -> str:
+        return str(self.key(job, code))
 
     def is_stale(self, job: Job) -> bool:
         """Whether a job has to run: its result is missing, or is not that of now."""
@@ -117,8 +129,8 @@ class Keys:
     def accept(self, job: Job) -> bool:
         """Give a result the record of now, if it is whole and nothing but code has changed."""
         old, new = read_record(self.config, job), self.record(job)
-        alike = bool(old) and all(old.get(name) == new[name] for name in ("settings", "data"))
-        if not alike or any(self.is_stale(one) for one in jobs_before(self.config, job)):
+        before = jobs_before(self.config, job)
+        if not old or old.get("origin") != new["origin"] or any(map(self.is_stale, before)):
             return False
         output = output_of(self.config, job)
         if output.name == "model.json":  # which a training asks whether it is done
@@ -159,14 +171,13 @@ class Keys:
                 where = self.config.datasets[job.dataset].model_dump(mode="json", include=keys)
                 return [where, self.config.compute.batches, self._rows(job.dataset)]
             case "volumes" | "tokens":
-                return digest_json(self._rows(job.dataset, job.batch))
+                return self._rows(job.dataset, job.batch)
             case "rois":
-                rows = digest_json(self._rows(job.dataset, job.batch))
-                return [rows, self._atlas(job)]
+                return [self._rows(job.dataset, job.batch), self._atlas(job)]
             case "splits":
                 return self._frozen(job.dataset)
             case "excluded":
-                return digest_json(self._rows(job.dataset))
+                return self._rows(job.dataset)
             case "scaling" | "scores" | "report":
                 return []
         data: list[Any] = []
@@ -175,22 +186,24 @@ class Keys:
             if job.stage not in ("pretrain", "forecast"):
                 data.append(self._labels_digest(job, name))
         if job.stage in ("pretrain", "cell"):
-            start = self.config.models[job.model].pretrain.init_from
+            start = model_of(self.config, job).pretrain.init_from
             data.append(self._digest(job, "init_from", start and f"{start}/model.json"))
         return data
 
-    def _chained(self, job: Job) -> list[str]:
+    def _chained(self, job: Job, code: bool) -> list[str]:
         """What the key depends on of the data of the jobs before, as recipes hold none.
 
         Labels, weights to start from or another member of a mixture stand in the keys of trainings.
         """
         before = jobs_before(self.config, job)
-        if job.stage in ("scaling", "scores", "report"):
-            return [self._key_before(one) for one in before]
-        trained = [self._key_before(one) for one in before if one.stage in ("pretrain", "finetune")]
-        if job.stage not in ("evaluate", "forecast", "finetune"):
-            return []
-        return trained + sorted({str(self._atlas_before(o)) for o in before if o.stage == "rois"})
+        match job.stage:
+            case "scaling" | "scores" | "report":
+                return [self._key_before(one, code) for one in before]
+            case "finetune" | "evaluate" | "forecast":
+                trained = [one for one in before if one.stage in ("pretrain", "finetune")]
+                atlases = {str(self._atlas_before(one)) for one in before if one.stage == "rois"}
+                return [self._key_before(one, code) for one in trained] + sorted(atlases)
+        return []
 
     def _atlas(self, job: Job) -> str | None:
         return self._digest(job, "atlas", self.config.datasets[job.dataset].atlas)

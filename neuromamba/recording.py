@@ -36,11 +36,11 @@ def recorded(config: Config, job: Job) -> Iterator[None]:
 class _OnDisk(Keys):
     """The same for a job that starts: the jobs before it are what their records say."""
 
-    def _recipe_before(self, job: Job) -> str:
-        return str(read_record(self.config, job).get("recipe"))
+    def _recipe_before(self, job: Job, code: bool) -> str:
+        return str(read_record(self.config, job).get("recipe" if code else "plan"))
 
-    def _key_before(self, job: Job) -> str:
-        return str(read_record(self.config, job).get("key"))
+    def _key_before(self, job: Job, code: bool) -> str:
+        return str(read_record(self.config, job).get("key" if code else "origin"))
 
     def _atlas_before(self, job: Job) -> str | None:
         return read_record(self.config, job).get("outside", {}).get("atlas")

@@ -1,8 +1,8 @@
 """The record that a job leaves beside its result: what the result was made with.
 
-`{output}.key.json` holds the job's `settings`, the digests of its `code`, of its `data` and of what
-lies `outside` the results, the names of its `files`, its `recipe` and its `key` (see
-`neuromamba.keys`). A result without one is not whole.
+`{output}.key.json` holds the job's `settings`, the digests of its `code` and of what lies `outside`
+the results, the names of its `files`, its `recipe` and its `key`, and both without code: `plan` and
+`origin` (see `neuromamba.keys`). A result without one is not whole.
 """
 
 from __future__ import annotations

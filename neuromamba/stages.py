@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neuromamba.config import Classification, Config, Dataset
+from neuromamba.config import Classification, Config, Dataset, Model
 from neuromamba.layout import Layout
 
 BATCHED = ("volumes", "tokens", "rois")
@@ -171,8 +171,13 @@ def modules_of(config: Config, job: Job) -> tuple[str, ...]:
     first = {"index": "bids", "cell": "pretrain"}.get(job.stage, job.stage)
     if not job.model or job.stage == "scores":
         return (first,)
+    return (first, f"models.{model_of(config, job).family}")
+
+
+def model_of(config: Config, job: Job) -> Model:
+    """The settings of a job's model; those of the scaling study may be models of its own."""
     models = config.study().models if job.stage == "cell" else config.models
-    return (first, f"models.{models[job.model].family}")
+    return models[job.model]
 
 
 def settings_of(config: Config, job: Job) -> dict[str, Any]:
@@ -205,8 +210,7 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
 
 
 def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
-    models = config.study().models if job.stage == "cell" else config.models
-    model, evaluate = models[job.model], config.evaluate.model_dump(mode="json")
+    model, evaluate = model_of(config, job), config.evaluate.model_dump(mode="json")
     match job.stage:
         case "pretrain" | "cell":
             # Weights to start from are an input; how many checkpoints there are changes nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def whole(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("whole")
     return folder, train(folder)
+
+
+@pytest.fixture(scope="module")
+def forkserver(request: pytest.FixtureRequest):
+    """Processes are forked from one that has loaded the module's `PRELOAD` and computed nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        multiprocessing.get_context("forkserver").set_forkserver_preload([request.module.PRELOAD])
+        yield
 
 
 @pytest.fixture

@@ -21,16 +21,9 @@ from neuromamba.distributed import World
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 
+pytestmark = pytest.mark.usefixtures("forkserver")
+PRELOAD = "processes"
 CONTEXT = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forkserver():
-    """A process that has loaded all that a training needs, from which others are forked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        CONTEXT.set_forkserver_preload(["processes"])
-        yield
 
 
 def run(folder: Path, scenario: str) -> list[dict]:

@@ -186,6 +186,44 @@ def test_results_of_rewritten_code_can_be_kept_and_no_others(
     assert stale(config) == set()
 
 
+def test_nothing_else_that_has_changed_before_a_result_is_accepted_with_code(
+    config: Config, settings: dict[str, Any], tmp_path: Path
+):
+    """The jobs before it are current again, but it was not made of what they have now."""
+    other = config_of(settings, "tokens.brain_fraction=0.5")
+    for batch in range(2):
+        make(other, Job("tokens", "d", batch=batch))
+    make(other, Job("excluded", "d"))
+    assert stale(other) == TRAININGS
+    assert accept_code(other) == []
+    for job in all_jobs(other):
+        make(other, job)
+    write_text(tmp_path / "start" / "model.json", "{}")
+    started = config_of(
+        settings | {"pretrain": {"init_from": str(tmp_path / "start")}},
+        "tokens.brain_fraction=0.5",
+    )
+    make(started, Job("pretrain", "d", model="m"))
+    assert stale(started) == TRAININGS - {"pretrain"}
+    assert accept_code(started) == []
+
+
+def test_cells_of_a_study_with_models_of_its_own_are_current_once_they_are_made(
+    config: Config, settings: dict[str, Any]
+):
+    study = {"models": {"other": MODEL}, "fractions": [0.5, 1.0]}
+    with_study = config_of(settings | {"scaling": study})
+    fit = Job("scaling", "d")
+    cells = jobs_before(with_study, fit)
+    assert {job.model for job in cells} == {"other"}
+    for job in [*cells, fit]:
+        make(with_study.study() if job.stage == "cell" else with_study, job)
+    found = Keys(with_study)
+    assert not any(found.is_stale(job) for job in [*cells, fit])
+    longer = Keys(config_of(settings | {"scaling": study | {"steps": "proportional"}}))
+    assert all(longer.is_stale(job) for job in [*cells, fit])
+
+
 def test_an_added_subject_makes_its_batch_stale_and_no_training(
     config: Config, scans: pd.DataFrame
 ):

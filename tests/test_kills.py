@@ -15,16 +15,9 @@ import numpy as np
 import pytest
 from fake_runs import rows, timeless
 
+pytestmark = pytest.mark.usefixtures("forkserver")
+PRELOAD = "kills"
 CONTEXT = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forkserver():
-    """A process that has loaded all that a training needs, and has computed nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        CONTEXT.set_forkserver_preload(["kills"])
-        yield
 
 
 def run(folder: Path, file_event: int | None = None, kill_after: float = 60.0) -> tuple[int, float]:

@@ -100,6 +100,13 @@ def test_several_nodes_need_slurm(monkeypatch):
 
 
 def test_one_process_and_those_of_another_torchrun_are_left_as_they_are(monkeypatch):
+    started = []
+    monkeypatch.setattr("neuromamba.launch._run_torchrun", lambda *told: started.append(told) or 0)
     start_processes(Compute())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    start_processes(Compute(processes=2, nodes=2))
+    start_processes(Compute(processes=2))
+    assert started == []
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(SystemExit):
+        start_processes(Compute(processes=2))
+    assert len(started) == 1

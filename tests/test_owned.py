@@ -14,16 +14,9 @@ import pytest
 
 from neuromamba.owned import OwnedFolder, TakenOverError, own
 
+pytestmark = pytest.mark.usefixtures("forkserver")
+PRELOAD = "kills"
 CONTEXT = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forkserver():
-    """A process that has loaded all that a training needs, and has computed nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        CONTEXT.set_forkserver_preload(["kills"])
-        yield
 
 
 def content(folder: Path) -> dict[str, bytes]:
