@@ -5,10 +5,11 @@ CORES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
+BRAINMARKS := .venv-brainmarks
 # Extras of pyproject.toml, in brackets, that `make install` adds to the package.
-EXTRAS =
+EXTRAS = [ants]
 
-.PHONY: help demo test test-fast test-kernels gpu lint format clean install kernels
+.PHONY: help demo test test-fast test-kernels test-brainmarks gpu lint format clean install kernels
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -30,6 +31,9 @@ test-fast: $(INSTALLED) ## the tests that take seconds
 
 test-kernels: $(KERNELS) ## mamba-ssm's kernels against ours, by Triton's interpreter where there is no GPU
 	$(BIN)/pytest tests/test_kernels.py
+
+test-brainmarks: $(BRAINMARKS)/.installed ## our models in Brainmarks' own code, in an environment of its own
+	$(BRAINMARKS)/bin/pytest tests/test_brainmarks.py
 
 gpu: $(KERNELS) ## on a machine with an NVIDIA GPU: its tests, and its benchmarks into benchmarks/results
 	$(BIN)/pytest -m cuda
@@ -57,7 +61,15 @@ clean: ## remove the demo's data and all results, not the environment
 $(INSTALLED): pyproject.toml envs/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(MAKE) install PYTHON=$(BIN)/python EXTRAS='[workflow,dev]'
+	$(MAKE) install PYTHON=$(BIN)/python EXTRAS='[ants,workflow,dev]'
+	@touch $@
+
+# Brainmarks asks for setuptools < 67 and torch for a newer one, so pip cannot install both as they are.
+$(BRAINMARKS)/.installed: pyproject.toml envs/constraints.txt
+	$(PYTHON) -m venv $(BRAINMARKS)
+	$(MAKE) install PYTHON=$(BRAINMARKS)/bin/python EXTRAS='[brainmarks]'
+	$(BRAINMARKS)/bin/python -m pip install --constraint envs/constraints.txt pytest pytest-timeout
+	$(BRAINMARKS)/bin/python -m pip install --no-deps brainmarks==0.1.1
 	@touch $@
 
 $(KERNELS): $(INSTALLED)

@@ -78,8 +78,7 @@ def compare_resampling(folder: Path, n: int) -> dict[str, float]:
     from neuromamba.brain import read_brain
     from neuromamba.config import Volumes
     from neuromamba.nifti import read_blocks, read_header
-    from neuromamba.resample import Resampler, resample_mask
-    from neuromamba.volumes import target_affine
+    from neuromamba.resample import Resampler, resample_mask, target_affine
 
     header = read_header(folder / f"bold-{n}.nii.gz")
     block = next(read_blocks(header, ahead=0))

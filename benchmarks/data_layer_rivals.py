@@ -54,7 +54,7 @@ def resample_all(data: np.ndarray) -> np.ndarray:
     from scipy.ndimage import affine_transform
 
     from neuromamba.config import Volumes
-    from neuromamba.volumes import target_affine
+    from neuromamba.resample import target_affine
 
     to_source = np.linalg.inv(source_affine()) @ target_affine(Volumes())
     out = np.empty((96, 96, 96, data.shape[3]), dtype=data.dtype)

@@ -2,11 +2,13 @@
 
 Design choices
 --------------
-- Features are the Fisher z of the Pearson FC, averaged over a subject's runs, one value per pair of
-  ROIs. A pair that more than `MAX_MISSING` of the training subjects lack is dropped for everyone;
-  other missing values become the training mean. Dropping each ROI that any subject lacks would
-  weaken the baseline: on 642 ABIDE subjects with 392 ROIs it leaves 78 ROIs and takes the AUROC of
-  sex from 0.81 to 0.70.
+- Features are the Fisher z of the FC (the first of `rois.connectivity`), averaged over a subject's
+  runs, one value per pair of ROIs. A pair that more than `MAX_MISSING` of the training subjects
+  lack is dropped for everyone; other missing values become the training mean. Dropping each ROI
+  that any subject lacks would weaken the baseline: on 642 ABIDE subjects with 392 ROIs it leaves 78
+  ROIs and takes the AUROC of sex from 0.81 to 0.70.
+- Which pairs are kept and what fills the others is told by training subjects alone. A test subject
+  that lacks most of them is predicted near the training mean, and is warned of.
 - Features are centred, not standardised: it was the better of the two there (0.81 against 0.80).
 - The linear model is penalised by L2: logistic regression with balanced classes, or ridge. Its
   solution lies in the span of the training subjects, so it is fitted exactly on n rotated features
@@ -21,19 +23,20 @@ Memory is that of the features: subjects x pairs of ROIs x 4 bytes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import xarray
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
 from tqdm import tqdm
 
+from neuromamba.connectivity import read_z
 from neuromamba.files import InputError
 from neuromamba.metrics import mean_auroc
 
@@ -42,8 +45,8 @@ PENALTIES = np.logspace(-3, 4, 8)
 
 MAX_MISSING = 0.1
 """Share of training subjects that may lack a pair of ROIs."""
-
-LARGEST_Z = np.arctanh(np.float32(0.99999))
+MOSTLY_MISSING = 0.5
+"""Share of the features from which on a test subject's lack of them is warned of."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Connectivity:
         ROIs used, and those left out because too many training subjects lack them.
     missing
         Share of the values that are missing, over all subjects.
+    kind
+        What connectivity it is: `pearson` or `partial`.
     """
 
     train: npt.NDArray[np.float32]
@@ -65,6 +70,7 @@ class Connectivity:
     n_rois: int
     n_dropped: int
     missing: float
+    kind: str = "pearson"
 
 
 def mean_connectivity(stores: Sequence[Path]) -> npt.NDArray[np.float32]:
@@ -78,13 +84,7 @@ def mean_connectivity(stores: Sequence[Path]) -> npt.NDArray[np.float32]:
     total: npt.NDArray[np.float64] | None = None
     count: npt.NDArray[np.int_] | None = None
     for store in stores:
-        try:
-            with xarray.open_zarr(store, chunks=None) as rois:
-                fc = rois["fc"].values.astype(np.float64)
-        except (FileNotFoundError, ValueError, KeyError) as error:
-            raise InputError(f"{store}: not a readable ROI store ({error}); run rois") from None
-        with np.errstate(divide="ignore"):
-            z = np.clip(np.arctanh(np.clip(fc, -1, 1)), -LARGEST_Z, LARGEST_Z)
+        _, z = read_z(store)
         if total is None or count is None:
             total, count = np.zeros_like(z), np.zeros(z.shape, dtype=int)
         elif total.shape != z.shape:
@@ -130,7 +130,25 @@ def load_connectivity(
                 "delete the dataset's rois folder and run rois again"
             )
         features.append(fc[pairs])
-    return keep_common(np.stack(features), len(train), n_rois)
+    found = keep_common(np.stack(features), len(train), n_rois)
+    _warn_of_missing(found, test)
+    kind, _ = read_z(stores[train[0]][0])
+    return replace(found, kind=kind)
+
+
+def _warn_of_missing(found: Connectivity, test: Sequence[str]) -> None:
+    share = np.isnan(found.test).mean(axis=1)
+    poor = [
+        f"{subject} ({value:.0%})"
+        for subject, value in zip(test, share, strict=True)
+        if value > MOSTLY_MISSING
+    ]
+    if poor:
+        warnings.warn(
+            f"test subjects that lack most of the FC baseline's features, in place of which the "
+            f"training mean stands: {', '.join(poor)}; look at their fields of view",
+            stacklevel=3,
+        )
 
 
 def keep_common(features: npt.NDArray[np.float32], n_train: int, n_rois: int) -> Connectivity:

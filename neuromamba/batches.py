@@ -35,6 +35,7 @@ from neuromamba.config import Config, Model, Tokens
 from neuromamba.contents import CONTENT_COLUMNS
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
+from neuromamba.qc_rules import left_out
 from neuromamba.stage import refuse_if_too_many_excluded
 from neuromamba.tables import read_table
 from neuromamba.token_store import Normalization, TokenStore
@@ -278,14 +279,18 @@ class Windows:
 
 
 def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:
-    """The runs of `subjects` that have tokens: the manifests' rows with a column `subject`."""
+    """The runs of `subjects` that have tokens and are good enough: rows of the manifests.
+
+    A column `subject` is added.
+    """
     layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype=str)[["run", "subject"]]
     manifests = [layout.manifest("tokens", batch) for batch in range(config.compute.batches)]
     table = pd.concat([read_table(path, dtype=str) for path in manifests])
     # A key tells what a store was made from; its bytes also tell where its source lay.
     table = table.drop(columns=list(CONTENT_COLUMNS), errors="ignore")
-    table = table[table["reason"].isna()].merge(index, on="run")
+    bad = table["reason"].notna() | table["run"].isin(left_out(config, dataset))
+    table = table[~bad].merge(index, on="run")
     return table[table["subject"].isin(set(subjects))].sort_values(["subject", "run"])
 
 

@@ -7,23 +7,24 @@ cannot be used stands in its row's `reason`; the image data itself is checked wh
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import pandas as pd
 from tqdm import tqdm
 
 from neuromamba.bids_scan import FoundRun, entities_of, subject_name
 from neuromamba.config import Config, Dataset
 from neuromamba.files import InputError, read_json
+from neuromamba.headers import glimpse_series
 from neuromamba.layout import Layout
 from neuromamba.listing import READERS, fingerprint, group_runs
+from neuromamba.raw_listing import failed_runs, raw_subjects, subject_table
 from neuromamba.records import forget_batches
+from neuromamba.sidecars import check_repetition_time
 from neuromamba.stage import batch_of, refuse_if_too_many_excluded
 from neuromamba.tables import write_table
 
@@ -40,13 +41,17 @@ INDEX_COLUMNS = [
     "n_volumes",
     "reason",
 ]
-HEADER_BYTES = 544
-LONGEST_REPETITION_TIME = 30.0
-SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+INDEX_TYPES = {
+    **dict.fromkeys(INDEX_COLUMNS, "string"),
+    "repetition_time": "Float64",
+    "n_volumes": "Int64",
+}
 
 
 def run_index(config: Config, dataset: str) -> list[str]:
-    """Write `index.tsv` of one dataset, and beside it the part of it that each batch works on.
+    """Write `index.tsv` of one dataset, and the part of it that each batch works on.
+
+    `preprocess/subjects.tsv` tells how each subject was preprocessed.
 
     Returns
     -------
@@ -54,14 +59,33 @@ def run_index(config: Config, dataset: str) -> list[str]:
         The subjects.
     """
     layout, batches = Layout.of(config, dataset), config.compute.batches
-    table = index_runs(config.datasets[dataset])
+    table = _with_failed(config, dataset)
     refuse_if_too_many_excluded("index", table, config.compute.max_excluded)
     batch = table["subject"].map(lambda subject: batch_of(subject, batches))
     for k in range(batches):
         write_table(layout.manifest("index", k), table[batch == k])
     forget_batches(config, dataset)
+    how = subject_table(config, dataset, table)
+    write_table(layout.preprocess("subjects").with_suffix(".tsv"), how)
     write_table(layout.index, table)
     return [str(subject) for subject in table["subject"].unique()]
+
+
+def _with_failed(config: Config, dataset: str) -> pd.DataFrame:
+    """The runs of a dataset, and those that could not be preprocessed, with the reasons."""
+    settings = config.datasets[dataset]
+    failed = failed_runs(config, dataset)
+    if not len(failed):
+        return index_runs(settings)
+    rows = failed.reindex(columns=INDEX_COLUMNS).astype(INDEX_TYPES)
+    try:
+        made = index_runs(settings)
+    except InputError:
+        if not {*raw_subjects(config, dataset)} <= {*failed["subject"]}:
+            raise
+        return rows  # whose reasons say more than that there is nothing
+    table = pd.concat([made, rows], ignore_index=True)
+    return table.sort_values("run", kind="stable", ignore_index=True)
 
 
 def index_runs(dataset: Dataset) -> pd.DataFrame:
@@ -86,8 +110,7 @@ def index_runs(dataset: Dataset) -> pd.DataFrame:
         rows = pool.map(lambda group: _row(group, dataset), groups)
         shown = tqdm(rows, total=len(groups), desc="index", unit="run", mininterval=1.0)
         table = pd.DataFrame(list(shown), columns=INDEX_COLUMNS)
-    text = {column: "string" for column in INDEX_COLUMNS}
-    return table.astype({**text, "repetition_time": "Float64", "n_volumes": "Int64"})
+    return table.astype(INDEX_TYPES)
 
 
 def _row(group: list[FoundRun], dataset: Dataset) -> dict[str, Any]:
@@ -108,8 +131,9 @@ def _row(group: list[FoundRun], dataset: Dataset) -> dict[str, Any]:
             raise InputError(
                 f"no brain mask: {run.mask} does not exist; add it, or repeat the preprocessing"
             )
-        row["n_volumes"], in_header = _read_header(run.bold)
-        row["repetition_time"] = _repetition_time(run, dataset, in_header)
+        header = glimpse_series(run.bold)
+        row["n_volumes"] = header.shape[3]
+        row["repetition_time"] = _repetition_time(run, dataset, header.repetition_time)
     except InputError as error:
         row["reason"] = " ".join(str(error).split())
     return row
@@ -123,56 +147,6 @@ def _refuse_duplicates(group: list[FoundRun]) -> None:
         )
 
 
-# --- NIfTI header -------------------------------------------------------------------------------
-
-
-def _read_header(path: str) -> tuple[int, float | None]:
-    """Number of volumes, and the repetition time in seconds where the header has one.
-
-    Decompresses a few hundred bytes only; opening each file by `nibabel.load` takes ten times as
-    long.
-    """
-    header = _parse_header(path, _first_bytes(path))
-    shape = header.get_data_shape()
-    if len(shape) < 4 or shape[3] == 1:
-        raise InputError(
-            f"{path} is 3D (shape {shape}), not a series of volumes; remove or replace it"
-        )
-    if len(shape) > 4:
-        raise InputError(f"{path} has {len(shape)} dimensions (shape {shape}) where BOLD has 4")
-    unit = SECONDS_PER_UNIT.get(header.get_xyzt_units()[1], 1.0)
-    step = float(header["pixdim"][4]) * unit
-    return int(shape[3]), step if step > 0 else None
-
-
-def _first_bytes(path: str) -> bytes:
-    try:
-        with Path(path).open("rb") as stream:
-            raw = stream.read(4096)
-        if not path.endswith(".gz"):
-            return raw[:HEADER_BYTES]
-        return zlib.decompressobj(wbits=31).decompress(raw, HEADER_BYTES)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is a link to content that is not here; fetch it (with DataLad: datalad get)"
-        ) from None
-    except (OSError, zlib.error) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): it is damaged or not gzip; copy or generate it again"
-        ) from None
-
-
-def _parse_header(path: str, block: bytes) -> Any:
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        size = kind.template_dtype.itemsize
-        if len(block) >= size and kind.may_contain_header(block):
-            return kind(block[:size], check=False)
-    raise InputError(
-        f"{path} has no readable NIfTI header ({len(block)} bytes could be read: truncated, or "
-        "not NIfTI); copy or generate it again"
-    )
-
-
 # --- Repetition time ----------------------------------------------------------------------------
 
 
@@ -184,7 +158,7 @@ def _repetition_time(run: FoundRun, dataset: Dataset, in_header: float | None) -
     for sidecar in _sidecars(run, dataset):
         metadata = read_json(sidecar)
         if isinstance(metadata, dict) and "RepetitionTime" in metadata:
-            return _checked(metadata["RepetitionTime"], sidecar)
+            return check_repetition_time(metadata["RepetitionTime"], sidecar)
     if dataset.repetition_time is not None:
         return dataset.repetition_time
     header = "has none" if in_header is None else f"says {in_header:g} s"
@@ -192,16 +166,6 @@ def _repetition_time(run: FoundRun, dataset: Dataset, in_header: float | None) -
         f"missing TR: no sidecar of {run.bold} has RepetitionTime; set repetition_time in the "
         f"dataset YAML (the NIfTI header {header})"
     )
-
-
-def _checked(value: Any, sidecar: str) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= LONGEST_REPETITION_TIME:
-        raise InputError(
-            f"RepetitionTime {value!r} in {sidecar} must be seconds, above 0 and at most "
-            f"{LONGEST_REPETITION_TIME:g}; correct the sidecar"
-        )
-    return float(value)
 
 
 def _sidecars(run: FoundRun, dataset: Dataset) -> Iterable[str]:

@@ -56,9 +56,21 @@ class FoundRun:
     @property
     def name(self) -> str:
         """The run's entities in BIDS order, without those of its version: `sub-01_task-rest`."""
-        known = [key for key in ORDER if key in self.entities]
-        other = sorted(self.entities.keys() - set(ORDER) - NOT_OF_A_RUN)
-        return "_".join(f"{key}-{self.entities[key]}" for key in [*known, *other])
+        return run_name(self.entities)
+
+
+def run_name(entities: dict[str, str]) -> str:
+    """The name of a run by its entities, in BIDS order; those of its version are left out."""
+    known = [key for key in ORDER if key in entities]
+    other = sorted(entities.keys() - set(ORDER) - NOT_OF_A_RUN)
+    return "_".join(f"{key}-{entities[key]}" for key in [*known, *other])
+
+
+def has_wanted_entities(entities: dict[str, str], dataset: Dataset) -> bool:
+    """Whether `entities` of the dataset YAML, by short or long names, selects a run."""
+    return all(
+        entities.get(LONG_NAMES.get(key, key)) in values for key, values in dataset.entities.items()
+    )
 
 
 def find_runs(dataset: Dataset) -> list[FoundRun]:
@@ -75,7 +87,6 @@ def find_runs(dataset: Dataset) -> list[FoundRun]:
             f"{root} is not a folder; set derivatives in the dataset YAML to the folder that "
             "holds sub-*"
         )
-    wanted = {LONG_NAMES.get(key, key): set(values) for key, values in dataset.entities.items()}
     try:
         scan = _scan_patterns(root, dataset.files) if dataset.files else _scan_bids(root)
         every = list(scan)
@@ -87,7 +98,7 @@ def find_runs(dataset: Dataset) -> list[FoundRun]:
         run
         for run in every
         if (dataset.files is not None or _is_version(run, dataset))
-        and all(run.entities.get(key) in values for key, values in wanted.items())
+        and has_wanted_entities(run.entities, dataset)
     ]
     if not runs:
         raise InputError(_nothing(root, dataset, every))

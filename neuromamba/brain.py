@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 
@@ -52,9 +53,14 @@ class BrainStream:
         File of its brain mask.
     shape, affine
         The target grid: voxels along x, y, z, and (4, 4) indices to mm.
+    smoothing
+        Full width at half maximum in mm of the Gaussian that volumes are smoothed with on their own
+        grid, as `nilearn.image.smooth_img` does: across the edge of the brain, too.
 
     Attributes
     ----------
+    header, path
+        The run, and its file.
     voxels
         (voxel,) numbers of the brain voxels on the target grid, x fastest, ascending.
 
@@ -64,14 +70,23 @@ class BrainStream:
         When the mask is unusable or does not meet the target grid.
     """
 
-    def __init__(self, header: Header, mask: Path, shape: Shape, affine: Affine):
-        self.header = header
+    def __init__(
+        self,
+        header: Header,
+        mask: Path,
+        shape: Shape,
+        affine: Affine,
+        smoothing: float | None = None,
+    ):
+        self.header, self.path = header, header.path
         brain = read_brain(header, mask)
         self.voxels = resample_mask(brain, header.affine, shape, affine)
         if not len(self.voxels):
             raise InputError(f"{mask}: no voxel of it lies on the target grid; is it in MNI space?")
         self._resampler = Resampler(header.shape, header.affine, shape, affine, self.voxels)
-        self._in_brain = brain.ravel(order="F")[self._resampler.touched]
+        self._smoothing = smoothing
+        flat = brain.ravel(order="F")
+        self._in_brain = flat if smoothing else flat[self._resampler.touched]
 
     def blocks(self, ahead: int = AHEAD) -> Iterator[npt.NDArray[np.float32]]:
         """Yield all volumes in blocks: (volume, voxel) float32.
@@ -91,15 +106,28 @@ class BrainStream:
         scaled = (self.header.slope, self.header.intercept) != (1, 0)
         done = 0
         for block in read_blocks(self.header, ahead):
-            needed = self._resampler.gather(block)
+            # Smoothing spreads every voxel; else only those that are needed are looked at.
+            needed = block if self._smoothing else self._resampler.gather(block)
             if needed.dtype.kind == "f":
                 self._clear_background(needed, done)
+            if self._smoothing:
+                needed = self._resampler.gather(self._smooth(needed, self._smoothing))
             values = self._resampler.apply(needed)
             if scaled:
                 values *= np.float32(self.header.slope)
                 values += np.float32(self.header.intercept)
             done += len(block)
             yield values
+
+    def _smooth(self, volumes: npt.NDArray[Any], width: float) -> npt.NDArray[np.float32]:
+        from nilearn.image import smooth_img  # here, because it takes a second to load
+
+        smoothed = np.empty(volumes.shape, dtype=np.float32)
+        for volume, out in zip(volumes, smoothed, strict=True):
+            data = volume.astype(np.float32).reshape(self.header.shape, order="F")
+            image = smooth_img(nibabel.Nifti1Image(data, self.header.affine), width)
+            out[:] = np.asarray(image.dataobj).ravel(order="F")
+        return smoothed
 
     def _clear_background(self, values: npt.NDArray[Any], done: int) -> None:
         bad = ~np.isfinite(values)

@@ -16,12 +16,15 @@ from neuromamba.files import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; exit status 2 and one message on bad input, without a traceback."""
+    """Run one subcommand; exit status 2 and one message on bad input, without a traceback.
+
+    `check` ends with 1 when a dataset cannot be used as it is, `predict` when a scan was refused.
+    """
     options = _parser().parse_args(arguments)
     from neuromamba.commands import COMMANDS  # not before, so that `--help` is quick
 
     try:
-        COMMANDS[options.stage](options)
+        status = COMMANDS[options.stage](options)
         sys.stdout.flush()
     except InputError as error:
         print(f"neuromamba {options.stage}: error: {error}", file=sys.stderr)
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads what is printed has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,11 +40,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"neuromamba {__version__}")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="stage")
     _add_demo_data(stages)
+    text = "tell in seconds what of a dataset will be used, what not and why, and what it will take"
+    check = _add(stages, "check", text, [])
+    check.add_argument("name", nargs="?", metavar="DATASET", help="a file in config/datasets/")
+    check.add_argument("--format", choices=["table", "tsv", "json"], default="table")
+    text = "bring raw scans to MNI space, subject by subject, by fMRIPrep or without a container"
+    _add(stages, "preprocess", text, ["dataset", "subject"])
     _add(stages, "index", "list the runs of a dataset's derivatives", ["dataset"])
     batched = ["dataset", "batch"]
     _add(stages, "volumes", "resample runs to the common grid, as Zarr", batched)
     _add(stages, "tokens", "index the brain patches of runs and pack them", batched)
     _add(stages, "rois", "ROI time series and functional connectivity", batched)
+    _add(stages, "anat", "resample T1-weighted images to the common grid", batched)
+    _add(stages, "qc", "measure the quality of runs, with a page for each", batched)
+    _add(stages, "overview", "compare the quality of all runs on one page", ["dataset"])
     _add(stages, "excluded", "list the runs that were left out, and why", ["dataset"])
     _add(stages, "splits", "assign subjects to training, validation, test", ["dataset"])
     trained = ["dataset", "model", "seed"]
@@ -57,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_embed(_add(stages, "embed", "write embeddings of runs", trained))
     export = _add(stages, "export", "write a pretrained model to be shared", trained)
     export.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
+    _add_predict(stages)
     _add(stages, "report", "write the report over all results", [])
     _add(stages, "summary", "print the main figures of all results", [])
     text = "check a dataset's arrays against the digests in its manifests"
@@ -100,6 +113,7 @@ def _add(
         "model": {"help": "a name under `models` (default: the only one)"},
         "target": {"help": "a name under the dataset's `targets` (default: all in turn)"},
         "seed": {"type": int, "help": "seed of the training (default: the first of `seeds`)"},
+        "subject": {"help": "a subject, such as sub-01 (default: all in turn)"},
         "batch": {"type": int, "help": "which of `compute.batches` jobs (default: all in turn)"},
         "fraction": {
             "type": float,
@@ -156,6 +170,31 @@ def _add_estimate(stage: argparse.ArgumentParser) -> None:
     text = "RESULTS/DATASET whose finished batches are measured (default: the package's figures)"
     stage.add_argument("--measured", type=Path, metavar="FOLDER", help=text)
     stage.add_argument("--format", choices=["table", "tsv", "json"], default="table")
+
+
+def _add_predict(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "predict new scans by a fine-tuned model, with intervals and warnings"
+    stage = stages.add_parser("predict", help=text, description=text.capitalize() + ".")
+    text = "folder of a fine-tuned model: results/DATASET/MODEL/seed-0/finetune/TARGET"
+    stage.add_argument("model", type=Path, metavar="MODEL", help=text)
+    text = "NIfTI file of a run in the model's space, or folder of derivatives"
+    stage.add_argument("scans", nargs="+", type=Path, metavar="SCAN", help=text)
+    stage.add_argument("--output", type=Path, metavar="FILE", help="write the table as TSV")
+    text = "a row for each run, or for each subject by all its runs (default: run)"
+    stage.add_argument("--level", choices=["run", "subject"], default="run", help=text)
+    text = "of intervals and sets of classes (default: 0.9)"
+    stage.add_argument("--confidence", type=float, default=0.9, metavar="SHARE", help=text)
+    text = "brain mask of the one scan given (default: found by its BIDS name)"
+    stage.add_argument("--mask", type=Path, metavar="FILE", help=text)
+    text = "space of scans whose names do not tell it, such as MNI152NLin2009cAsym"
+    stage.add_argument("--space", help=text)
+    text = "which res- to take from folders that hold several"
+    stage.add_argument("--resolution", metavar="RES", help=text)
+    text = "of scans without a sidecar that tells it"
+    stage.add_argument("--repetition-time", type=float, metavar="SECONDS", help=text)
+    text = "predict also where the repetition time is far from those of the training"
+    stage.add_argument("--any-repetition-time", action="store_true", help=text)
+    stage.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
 
 
 def _add_demo_data(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -48,6 +48,8 @@ class Data:
         Subjects of each part; empty when there is no split.
     labels
         Site and targets by subject.
+    preprocessed_by
+        Subjects by what preprocessed them, as far as the derivatives tell.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Data:
     excluded: pd.DataFrame
     split: dict[str, list[str]]
     labels: pd.DataFrame
+    preprocessed_by: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,13 @@ def collect_data(config: Config, dataset: str) -> Data:
         excluded=_table(layout.excluded, ["run", "stage", "reason"]),
         split=read_split(layout.split) if layout.split.exists() else {part: [] for part in PARTS},
         labels=_labels(config, dataset),
+        preprocessed_by=_preprocessed_by(layout),
     )
+
+
+def _preprocessed_by(layout: Layout) -> dict[str, int]:
+    table = _table(layout.preprocess("subjects").with_suffix(".tsv"), ["generated_by"])
+    return {str(name): int(n) for name, n in table["generated_by"].value_counts().items()}
 
 
 def collect_trainings(config: Config, dataset: str, stage: str) -> Iterator[Training]:

@@ -15,6 +15,9 @@ from neuromamba.launch import start_processes
 from neuromamba.recording import recorded
 from neuromamba.stages import Job
 
+SHOWN = 20
+"""Names that an error message lists."""
+
 
 def _config(options: argparse.Namespace) -> Config:
     return load_config(options.config, options.set)
@@ -26,7 +29,8 @@ def _choose(kind: str, name: str | None, known: Sequence[str]) -> str:
         return known[0]
     if name is None or name not in known:
         given = f"{name!r} is none of them" if name else "choose one"
-        raise InputError(f"--{kind}: the config has {', '.join(known)}; {given}")
+        listed = ", ".join([*known[:SHOWN], *(["..."] if len(known) > SHOWN else [])])
+        raise InputError(f"--{kind}: the config has {listed}; {given}")
     return name
 
 
@@ -72,6 +76,24 @@ def _demo_data(options: argparse.Namespace) -> None:
     )
 
 
+def _preprocess(options: argparse.Namespace) -> None:
+    from neuromamba.preprocess import run_preprocess
+    from neuromamba.raw_listing import raw_subjects
+
+    config = _config(options)
+    dataset = _dataset(options, config)
+    names = list(raw_subjects(config, dataset))
+    if not names:
+        raise InputError(
+            f"--dataset: {dataset} names no raw scans (`bids` in its YAML file), so there is "
+            "nothing to preprocess"
+        )
+    chosen = names if options.subject is None else [_choose("subject", options.subject, names)]
+    for name in chosen:
+        with recorded(config, Job("preprocess", dataset, subject=name)):
+            run_preprocess(config, dataset, name)
+
+
 def _index(options: argparse.Namespace) -> None:
     from neuromamba.bids import run_index
     from neuromamba.participants import check_participants
@@ -107,6 +129,27 @@ def _rois(options: argparse.Namespace) -> None:
     from neuromamba.rois import run_rois
 
     _each_batch(options, run_rois)
+
+
+def _anat(options: argparse.Namespace) -> None:
+    from neuromamba.anat import run_anat
+
+    _each_batch(options, run_anat)
+
+
+def _qc(options: argparse.Namespace) -> None:
+    from neuromamba.qc import run_qc
+
+    _each_batch(options, run_qc)
+
+
+def _overview(options: argparse.Namespace) -> None:
+    from neuromamba.overview import run_overview
+
+    config = _config(options)
+    dataset = _dataset(options, config)
+    with recorded(config, Job("overview", dataset)):
+        run_overview(config, dataset)
 
 
 def _excluded(options: argparse.Namespace) -> None:
@@ -212,6 +255,24 @@ def _export(options: argparse.Namespace) -> None:
     run_export(config, *_training(options, config), options.output)
 
 
+def _predict(options: argparse.Namespace) -> int:
+    from neuromamba.new_scans import Asked
+    from neuromamba.predict import run_predict
+
+    asked = Asked(options.mask, options.space, options.resolution, options.repetition_time)
+    every = run_predict(
+        options.model,
+        options.scans,
+        options.output,
+        asked,
+        options.level,
+        options.confidence,
+        options.any_repetition_time,
+        options.device,
+    )
+    return 0 if every else 1
+
+
 def _report(options: argparse.Namespace) -> None:
     from neuromamba.report import run_report
 
@@ -224,6 +285,18 @@ def _summary(options: argparse.Namespace) -> None:
     from neuromamba.report import summary
 
     print(summary(_config(options)))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from neuromamba.check import run_check
+
+    chosen = [f"datasets=[{options.name}]"] if options.name else []
+    config = load_config(options.config, [*chosen, *options.set])
+    checked = run_check(
+        config, _choose("dataset", options.name, list(config.datasets)), options.format
+    )
+    print(checked.text)
+    return 0 if checked.ok else 1
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -266,7 +339,7 @@ def _accept(options: argparse.Namespace) -> None:
 
 
 def _manifest(options: argparse.Namespace) -> None:
-    from neuromamba.listing import write_manifest
+    from neuromamba.data_manifest import write_manifest
 
     config = _config(options)
     dataset = _dataset(options, config)
@@ -279,12 +352,17 @@ def _record(options: argparse.Namespace) -> None:
     record_in_dvc(_config(options))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo-data": _demo_data,
+    "check": _check,
+    "preprocess": _preprocess,
     "index": _index,
     "volumes": _volumes,
     "tokens": _tokens,
     "rois": _rois,
+    "anat": _anat,
+    "qc": _qc,
+    "overview": _overview,
     "excluded": _excluded,
     "splits": _splits,
     "pretrain": _pretrain,
@@ -295,6 +373,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "forecast": _forecast,
     "embed": _embed,
     "export": _export,
+    "predict": _predict,
     "report": _report,
     "summary": _summary,
     "verify": _verify,

@@ -27,6 +27,7 @@ from neuromamba.finetune import predict_subjects
 from neuromamba.layout import Layout
 from neuromamba.metrics import PROBABILITY, compare, compute_metrics, read_predictions
 from neuromamba.participants import read_participants
+from neuromamba.qc_rules import left_out
 from neuromamba.record import seen_subjects
 from neuromamba.splits import read_split
 from neuromamba.stage import usable_runs
@@ -154,6 +155,7 @@ def predict_fc(
         )
         table = pd.DataFrame({"value": mean + sd * scaled}, test)
     notes = {
+        "kind": features.kind,
         "inverse_penalty": chosen,
         "n_rois": features.n_rois,
         "n_rois_dropped": features.n_dropped,
@@ -238,7 +240,7 @@ def _columns(classes: Sequence[str]) -> list[str]:
 
 
 def _stores(config: Config, dataset: str) -> dict[str, list[Path]]:
-    """The ROI stores of each subject's runs that also have tokens."""
+    """The ROI stores of each subject's runs that also have tokens and are good enough."""
     layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype={"run": str, "subject": str})
     batches = range(config.compute.batches)
@@ -246,8 +248,9 @@ def _stores(config: Config, dataset: str) -> dict[str, list[Path]]:
         set(usable_runs([layout.manifest(stage, batch) for batch in batches]))
         for stage in ("tokens", "rois")
     ]
+    good = (usable[0] & usable[1]) - set(left_out(config, dataset))
     stores: dict[str, list[Path]] = {}
     for run, subject in index[["run", "subject"]].itertuples(index=False):
-        if run in usable[0] & usable[1]:
+        if run in good:
             stores.setdefault(subject, []).append(layout.array("rois", run))
     return stores

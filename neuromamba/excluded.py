@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from neuromamba.config import Config
 from neuromamba.layout import Layout
+from neuromamba.qc_rules import left_out
 from neuromamba.stage import read_manifest, refuse_if_too_many_excluded
 from neuromamba.stages import BATCHED
 from neuromamba.tables import read_table, write_table
 
 
-def list_excluded(index: pd.DataFrame, layout: Layout, batches: int) -> pd.DataFrame:
-    """Every run that some stage left out: columns `run`, `stage`, `reason`."""
+def list_excluded(
+    index: pd.DataFrame, layout: Layout, batches: int, bad: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """Every run that some stage left out, or whose quality is `bad`: `run`, `stage`, `reason`."""
     tables = [index.assign(stage="index")]
     for stage in BATCHED:
         tables += [read_manifest(layout, stage, k).assign(stage=stage) for k in range(batches)]
+    quality = pd.DataFrame((bad or {}).items(), columns=["run", "reason"])
+    tables.append(quality.assign(stage="qc"))
     rows = pd.concat([table[["run", "stage", "reason"]] for table in tables], ignore_index=True)
     return rows[rows["reason"].notna()].sort_values("run", kind="stable", ignore_index=True)
 
@@ -30,7 +37,7 @@ def run_excluded(config: Config, dataset: str) -> None:
     """
     layout, batches = Layout.of(config, dataset), config.compute.batches
     index = read_table(layout.index, dtype={"run": str, "subject": str, "reason": str})
-    excluded = list_excluded(index, layout, batches)
+    excluded = list_excluded(index, layout, batches, left_out(config, dataset))
     write_table(layout.excluded, excluded)
     first = excluded.drop_duplicates("run").set_index("run")["reason"]
     union = pd.DataFrame({"run": index["run"], "reason": index["run"].map(first)})

@@ -8,6 +8,7 @@ Design choices
   probabilities, or of the values. The windows of one run are predicted together and apart from all
   others, so a prediction is the same to the bit whoever else is predicted.
 - The step to keep is chosen by the loss on the validation subjects alone.
+- The last step is the calibration for new scans (see `calibrate`), without which there is no model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
+from neuromamba.calibrate import only_uncalibrated, run_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Classification, Config, Finetune
 from neuromamba.files import InputError, digest_json
@@ -57,6 +59,8 @@ def run_finetune(
 ) -> None:
     """Fine-tune a pretrained model: `finetune/{target}/model.safetensors`, `model.json`, metrics.
 
+    `calibration.json` and `calibration.safetensors` are for predictions of new scans.
+
     Subjects without a label are left out, and their number is told.
 
     Raises
@@ -79,7 +83,8 @@ def run_finetune(
     refuse_other_settings(pretrain, earlier, record["settings"])
     record["settings"]["target"] = target_settings(config.datasets[dataset], target)
     record["inputs"] |= {"labels": digest_json(used), "pretrained": earlier["files"]}
-    if already_there(folder, record, on_change):
+    trained = only_uncalibrated(folder, record, on_change)
+    if not trained and already_there(folder, record, on_change):
         return
     task = make_task(config, dataset, target, subjects, labels)
     if any(unlabelled.values()):
@@ -90,17 +95,28 @@ def run_finetune(
     network = HeadedModel(backbone, task, settings.head_dropout, settings.mode == "head")
     windows = open_windows(config, dataset, model, network, subjects, runs)
     device = choose_device(config.compute.device)
-    train, network = windows["train"], network.to(device)
+    network = network.to(device)
+    if not trained:
+        standardize(network, windows["train"], settings, device)
+
+        def with_label(batch: Batch) -> Batch:
+            return {**batch, "label": torch.tensor([used[name] for name in batch["subject"]])}
+
+        facts = {"target": target, "unlabelled": unlabelled, "scaling": task.describe()}
+        facts["pretrained_from"] = ancestry(earlier)
+        train_and_save(
+            network, settings, windows, folder, record, config, on_change, with_label, facts
+        )
+    run_calibration(config, dataset, folder, network, windows, used, settings)
+
+
+def standardize(
+    network: HeadedModel, train: Windows, settings: Finetune, device: torch.device
+) -> None:
+    """Set the mean and SD of the features by evenly spaced windows of the training subjects."""
     spaced = train.spaced(settings.validation_windows)
     batches = tqdm(list(spaced), desc="standardize", unit="window", mininterval=1.0)
     network.standardize(to_device(train.batch([w]), device) for w in batches)
-
-    def with_label(batch: Batch) -> Batch:
-        return {**batch, "label": torch.tensor([used[name] for name in batch["subject"]])}
-
-    facts = {"target": target, "unlabelled": unlabelled, "scaling": task.describe()}
-    facts["pretrained_from"] = ancestry(earlier)
-    train_and_save(network, settings, windows, folder, record, config, on_change, with_label, facts)
 
 
 def labelled_subjects(

@@ -240,6 +240,8 @@ def forecast_error(forecast: Tensor, tokens: Tensor, time_patch: int) -> Floats:
 
 def repetition_times(config: Config, dataset: str, subjects: Sequence[str]) -> list[float]:
     """The repetition times in seconds that occur among the runs of some subjects, sorted."""
+    if resampled := config.volumes.denoise.repetition_time:
+        return [resampled]
     index = read_table(Layout.of(config, dataset).index, dtype={"subject": str})
     used = index.loc[index["subject"].isin(set(subjects)), "repetition_time"]
     return sorted(float(value) for value in used.dropna().unique())

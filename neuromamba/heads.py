@@ -153,14 +153,23 @@ class HeadedModel(nn.Module):
         return self
 
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return self.task.loss(self._output(batch), batch["label"])
+        return self.task.loss(self._output(self.features(batch)), batch["label"])
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """Probabilities (batch, n_classes), or values (batch, 1) in the target's own units."""
-        return self.task.predict(self._output(batch))
+        return self.predict_features(self.features(batch))
 
-    def _output(self, batch: Batch) -> torch.Tensor:
+    def features(self, batch: Batch) -> torch.Tensor:
+        """The standardised embeddings (batch, width) float32, which the head reads."""
         embedding = self.backbone.embed(batch)  # type: ignore[operator]
-        # In float32 also under autocast: the head is small, and the loss needs the digits.
         with torch.autocast(embedding.device.type, enabled=False):
-            return self.head((embedding.float() - self.center) / self.scale)
+            return (embedding.float() - self.center) / self.scale
+
+    def predict_features(self, features: torch.Tensor) -> torch.Tensor:
+        """What `predict` gives for the batch that has these features."""
+        return self.task.predict(self._output(features))
+
+    def _output(self, features: torch.Tensor) -> torch.Tensor:
+        # In float32 also under autocast: the head is small, and the loss needs the digits.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features)

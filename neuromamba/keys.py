@@ -21,17 +21,22 @@ from typing import Any
 import pandas as pd
 
 import neuromamba
+from neuromamba.anat_scan import find_anatomicals
+from neuromamba.atlases import atlas_digest, is_named
 from neuromamba.config import Config
 from neuromamba.files import InputError, digest_file, digest_json, read_json, write_json
 from neuromamba.layout import Layout
 from neuromamba.listing import LISTING_COLUMNS, list_runs_of
 from neuromamba.participants import read_participants
+from neuromamba.qc_rules import left_out
+from neuromamba.raw_bids import fingerprint_subject
+from neuromamba.raw_listing import failed_runs, raw_subjects
 from neuromamba.records import Record, explain, read_record, write_record
 from neuromamba.source_code import code_of
 from neuromamba.splits import read_split
 from neuromamba.stage import batch_of
 from neuromamba.stages import (
-    BATCHED,
+    BY_BATCH,
     Job,
     jobs_before,
     model_of,
@@ -43,6 +48,12 @@ from neuromamba.tables import read_table
 
 NOT_MADE = "not made yet"
 FOLLOWS = "what comes before it has to run"
+UNKNOWN = "to be preprocessed"
+"""Stands for the fingerprint of runs that are still to be made of raw scans."""
+DECIDING = ("splits", "qc")
+"""Stages whose outcome, which no recipe holds, decides what the jobs after them work on."""
+LISTING = ("excluded", "overview")
+"""Stages that only list what others found."""
 
 
 class Keys:
@@ -91,15 +102,17 @@ class Keys:
 
     def recipe(self, job: Job, code: bool = True) -> str:
         """Digest of settings and code of a job and of all before it (without `code`: plan)."""
-        any_batch = replace(job, batch=0) if job.stage in BATCHED else job
+        any_batch = replace(job, batch=0) if job.stage in BY_BATCH else replace(job, subject="")
         if (any_batch, code) not in self._recipes:
             own = [job.stage, settings_of(self.config, job)]
             if code:
                 own.append(code_of(*modules_of(self.config, job)))
             # A split stays when what lies before it changes; its data tell whether it still serves.
-            earlier = [] if job.stage == "splits" else jobs_before(self.config, job)
-            before = sorted({self._recipe_before(one, code) for one in earlier})
-            self._recipes[any_batch, code] = digest_json([*own, before])
+            # So do the runs that are good enough, of which only the outcome counts.
+            before = [] if job.stage == "splits" else jobs_before(self.config, job)
+            earlier = [one for one in before if job.stage in LISTING or one.stage != "qc"]
+            recipes = sorted({self._recipe_before(one, code) for one in earlier})
+            self._recipes[any_batch, code] = digest_json([*own, recipes])
         return self._recipes[any_batch, code]
 
     def _recipe_before(self, job: Job, code: bool) -> str:
@@ -113,8 +126,9 @@ class Keys:
         if job not in self._stale:
             key = read_record(self.config, job).get("key")
             # A split that is made again may be another one; how it turns out is not known before.
-            split = [one for one in jobs_before(self.config, job) if one.stage == "splits"]
-            again = any(self.is_stale(one) for one in split)
+            # Nor is which runs are good enough, while their quality has not been measured.
+            before = [] if job.stage in LISTING else jobs_before(self.config, job)
+            again = any(self.is_stale(one) for one in before if one.stage in DECIDING)
             self._stale[job] = again or key is None or key != self.key(job)
         return self._stale[job]
 
@@ -166,18 +180,24 @@ class Keys:
     def _data(self, job: Job) -> Any:
         """What a job works on beside the results of those before it, JSON-able."""
         match job.stage:
+            case "preprocess":
+                return self._raw_digest(job)
             case "index":
                 keys = {"derivatives", "entities", "files", "exclude", "resolution"}
                 where = self.config.datasets[job.dataset].model_dump(mode="json", include=keys)
                 return [where, self.config.compute.batches, self._rows(job.dataset)]
-            case "volumes" | "tokens":
+            case "volumes" | "tokens" | "qc":
                 return self._rows(job.dataset, job.batch)
+            case "anat":
+                return [self._rows(job.dataset, job.batch), self._anatomicals(job)]
             case "rois":
                 return [self._rows(job.dataset, job.batch), self._atlas(job)]
             case "splits":
                 return self._frozen(job.dataset)
             case "excluded":
                 return self._rows(job.dataset)
+            case "overview":
+                return [self._rows(job.dataset), self._left_out(job.dataset)]
             case "scaling" | "scores" | "report":
                 return []
         data: list[Any] = []
@@ -205,8 +225,32 @@ class Keys:
                 return [self._key_before(one, code) for one in trained] + sorted(atlases)
         return []
 
+    def _left_out(self, dataset: str) -> list[str]:
+        """The runs that the rules of quality leave out, by what has been measured."""
+        return sorted(left_out(self.config, dataset))
+
+    def _raw_digest(self, job: Job) -> str | None:
+        """Digest of a subject's raw files."""
+        root = self.config.datasets[job.dataset].bids
+        subject = raw_subjects(self.config, job.dataset).get(job.subject)
+        file = None if root is None else f"{root}/{job.subject}"
+        assert root is not None
+        return self._digest(
+            job, "raw", file, lambda: fingerprint_subject(Path(root), subject) if subject else ""
+        )
+
+    def _anatomicals(self, job: Job) -> list[list[str]]:
+        """Fingerprints of the T1w images of a batch's subjects."""
+        batches = self.config.compute.batches
+        found = find_anatomicals(self.config.datasets[job.dataset])
+        mine = [one for one in found if batch_of(one.subject, batches) == job.batch]
+        return [[one.subject, one.fingerprint] for one in mine]
+
     def _atlas(self, job: Job) -> str | None:
-        return self._digest(job, "atlas", self.config.datasets[job.dataset].atlas)
+        atlas = self.config.datasets[job.dataset].atlas
+        if atlas is not None and is_named(atlas):
+            return self._outside.setdefault(job, {}).setdefault("atlas", atlas_digest(atlas))
+        return self._digest(job, "atlas", atlas, lambda: atlas_digest(str(atlas)))
 
     def _atlas_before(self, job: Job) -> str | None:
         return self._atlas(job)
@@ -229,7 +273,8 @@ class Keys:
         if dataset not in self._trained_on:
             runs = self._listing(dataset)
             of_split = runs["subject"].isin(set(self._subjects(dataset)))
-            rows = runs.loc[of_split, ["run", "fingerprint"]].to_numpy().tolist()
+            good = ~runs["run"].isin(self._left_out(dataset))
+            rows = runs.loc[of_split & good, ["run", "fingerprint"]].to_numpy().tolist()
             self._trained_on[dataset] = [self._split(dataset), digest_json(rows)]
         return self._trained_on[dataset]
 
@@ -276,11 +321,30 @@ class Keys:
         """The runs as they are now, or as the index has them where the scans are elsewhere."""
         settings = self.config.datasets[dataset]
         index = Layout.of(self.config, dataset).index
-        folder = Path(settings.derivatives)
+        folder = Path(settings.bids or settings.derivatives)
         if index.exists() and not (folder.is_dir() and any(folder.iterdir())):
             return read_listing(index)
-        with warnings.catch_warnings(action="ignore"):  # the stage itself warns
-            return list_runs_of(settings)
+        waiting = self._waiting(dataset)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the stage itself warns
+                made = list_runs_of(settings)
+        except InputError:
+            if not settings.bids:
+                raise
+            made = pd.DataFrame(columns=LISTING_COLUMNS, dtype="string")
+        if not settings.bids:
+            return made
+        failed = failed_runs(self.config, dataset)[LISTING_COLUMNS]
+        known = pd.concat([made, failed], ignore_index=True)
+        known = known[~known["subject"].isin(waiting)]
+        rows = [(name, name, UNKNOWN) for name in waiting]
+        to_come = pd.DataFrame(rows, columns=LISTING_COLUMNS, dtype="string")
+        return pd.concat([known, to_come], ignore_index=True).sort_values("run", kind="stable")
+
+    def _waiting(self, dataset: str) -> list[str]:
+        """The subjects whose raw scans are to be preprocessed."""
+        jobs = jobs_before(self.config, Job("index", dataset))
+        return [job.subject for job in jobs if self.is_stale(job)]
 
     def _people(self, dataset: str) -> pd.DataFrame:
         if dataset not in self._labels:

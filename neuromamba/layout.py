@@ -29,9 +29,22 @@ class Layout:
     def root(self) -> Path:
         return self.results / self.dataset
 
+    def preprocess(self, subject: str) -> Path:
+        """What became of a raw subject."""
+        return self.root / "preprocess" / f"{subject}.json"
+
     @property
     def index(self) -> Path:
         return self.root / "index.tsv"
+
+    @property
+    def overview(self) -> Path:
+        """The page that compares the quality of all runs."""
+        return self.root / "overview.html"
+
+    def qc(self, run: str) -> Path:
+        """The page of one run's quality."""
+        return self.root / "qc" / f"{run}.html"
 
     @property
     def excluded(self) -> Path:
@@ -50,7 +63,7 @@ class Layout:
         return self.root / stage / f"batch-{batch}.tsv"
 
     def array(self, stage: str, run: str) -> Path:
-        """The Zarr store of one run: `stage` is `volumes`, `tokens` or `rois`.
+        """The Zarr store of one run (`stage`: `volumes`, `tokens`, `rois`) or subject (`anat`).
 
         A run of another dataset is named `{dataset}/{run}`.
         """

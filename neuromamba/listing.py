@@ -17,8 +17,7 @@ import pandas as pd
 
 from neuromamba.bids_scan import FoundRun, find_runs, subject_name
 from neuromamba.config import Dataset
-from neuromamba.files import InputError, digest_file, digest_json, write_json
-from neuromamba.tables import write_table
+from neuromamba.files import InputError, digest_json
 
 LISTING_COLUMNS = ["run", "subject", "fingerprint"]
 READERS = 8
@@ -48,32 +47,6 @@ def list_runs_of(dataset: Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=LISTING_COLUMNS, dtype="string")
 
 
-def write_manifest(dataset: Dataset, name: str) -> Path:
-    """Write the listing to `data/{name}/manifest.tsv`, which DVC watches in place of the scans.
-
-    Beside it, `outside.json` has the digests of the table of subjects and of the atlas.
-
-    Raises
-    ------
-    InputError
-        When the scans are in `data/{name}` themselves, or cannot be listed.
-    """
-    path = Path("data") / name / "manifest.tsv"
-    if Path(dataset.derivatives).resolve().is_relative_to(path.parent.resolve()):
-        raise InputError(
-            f"{dataset.derivatives}: DVC can watch these scans themselves, so they need no "
-            f"manifest: dvc add {path.parent}"
-        )
-    table = list_runs_of(dataset)
-    write_table(path, table)
-    participants = dataset.participants.file if dataset.participants else None
-    outside = {"participants": participants, "atlas": dataset.atlas}
-    digests = {key: file and digest_file(file) for key, file in outside.items()}
-    write_json(path.with_name("outside.json"), digests)
-    print(f"{path}: {len(table)} runs")
-    return path
-
-
 def group_runs(dataset: Dataset) -> list[list[FoundRun]]:
     """The selected files by run, in the order of their names; a run should have one."""
     runs = _without_excluded(find_runs(dataset), dataset)
@@ -90,10 +63,14 @@ def fingerprint(group: Sequence[FoundRun]) -> str:
     files = [
         path for run in group for path in (run.bold, run.mask, run.sidecar, run.confounds) if path
     ]
-    return digest_json([[Path(path).name, *_sample(path)] for path in files])[:16]
+    # What the columns of the confounds are stands in a file beside them, where there is one.
+    beside = [Path(run.confounds).with_suffix(".json") for run in group if run.confounds]
+    files += [str(path) for path in beside if path.exists()]
+    return digest_json([[Path(path).name, *sample_file(path)] for path in files])[:16]
 
 
-def _sample(path: str) -> tuple[int, str]:
+def sample_file(path: str) -> tuple[int, str]:
+    """Size of a file and a digest of its samples; -1 and nothing if it cannot be read."""
     # Not a CRC, which is the same for all content that stands beside its own CRC.
     digest = hashlib.sha256()
     try:
@@ -110,23 +87,29 @@ def _sample(path: str) -> tuple[int, str]:
 
 def _without_excluded(runs: list[FoundRun], dataset: Dataset) -> list[FoundRun]:
     """Leave out what `exclude` names: a subject, a subject's session, or a run."""
-    stems = {
-        entry: entry if entry.startswith("sub-") else subject_name(entry)
-        for entry in dataset.exclude
-    }
-    kept = [run for run in runs if not any(_is_part(run.name, stem) for stem in stems.values())]
-    useless = [
-        entry for entry, stem in stems.items() if not any(_is_part(run.name, stem) for run in runs)
-    ]
-    if useless:
-        warnings.warn(
-            f"{dataset.derivatives}: exclude names {', '.join(useless)}, which no run belongs to",
-            stacklevel=3,
-        )
-    if not kept:
-        raise InputError(f"{dataset.derivatives}: exclude in the dataset YAML leaves no run")
+    excluded, useless = find_excluded([run.name for run in runs], dataset)
+    kept = [run for run in runs if run.name not in excluded]
+    refuse_useless_exclude(dataset.derivatives, useless, not kept)
     return kept
 
 
-def _is_part(run: str, stem: str) -> bool:
-    return run == stem or run.startswith(f"{stem}_")
+def find_excluded(names: Sequence[str], dataset: Dataset) -> tuple[set[str], list[str]]:
+    """Which runs or images `exclude` of the dataset YAML names, and its entries that name none."""
+    excluded: set[str] = set()
+    useless = []
+    for entry in dataset.exclude:
+        stem = entry if entry.startswith("sub-") else subject_name(entry)
+        part = {name for name in names if name == stem or name.startswith(f"{stem}_")}
+        excluded |= part
+        useless += [] if part else [entry]
+    return excluded, useless
+
+
+def refuse_useless_exclude(folder: str, useless: Sequence[str], all_excluded: bool) -> None:
+    """Warn of entries of `exclude` that name no run; raise `InputError` when no run is left."""
+    if useless:
+        warnings.warn(
+            f"{folder}: exclude names {', '.join(useless)}, which no run belongs to", stacklevel=4
+        )
+    if all_excluded:
+        raise InputError(f"{folder}: exclude in the dataset YAML leaves no run")

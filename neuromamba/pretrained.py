@@ -43,6 +43,8 @@ from neuromamba.pretrain import make_network, make_settings
 from neuromamba.stages import target_settings
 from neuromamba.token_store import TokenStore
 
+SHARED_GRID = {"shape", "voxel_size", "denoise"}
+"""What of the `volumes` section tells the runs that a model reads."""
 FORMAT = 1
 """Raised when older folders can no longer be read."""
 
@@ -63,7 +65,7 @@ class Pretrained:
     tokens
         How runs have to be cut into patches.
     volumes
-        The grid that runs have to be resampled to: `shape` and `voxel_size`.
+        The grid that runs have to be resampled to, and their denoising: the keys `SHARED_GRID`.
     facts
         What else is told of it: counts of subjects and runs, settings and outcome of its training.
     """
@@ -101,7 +103,7 @@ def save_pretrained(folder: Path | str, pretrained: Pretrained, card: str) -> No
             "model_type": pretrained.model.family,
             "model": pretrained.model.model_dump(mode="json", exclude={"pretrain", "finetune"}),
             "tokens": pretrained.tokens.model_dump(mode="json"),
-            "volumes": pretrained.volumes.model_dump(mode="json", include={"shape", "voxel_size"}),
+            "volumes": pretrained.volumes.model_dump(mode="json", include=SHARED_GRID),
             "facts": dict(pretrained.facts),
             "weights": {WEIGHTS: digest_file(temporary / WEIGHTS)},
         }

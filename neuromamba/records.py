@@ -14,7 +14,7 @@ from typing import Any
 from neuromamba.config import Config
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
-from neuromamba.stages import BATCHED, Job, output_of
+from neuromamba.stages import BATCHED, BY_BATCH, Job, output_of
 
 Record = dict[str, Any]
 
@@ -32,22 +32,22 @@ def read_record(config: Config, job: Job) -> Record:
     record = _read(record_path(output))
     if any(not output.with_name(name).exists() for name in record.get("files", [])):
         return {}
-    beside = _beside_arrays(config, job)
+    beside = _beside_data(config, job)
     if record and beside and beside.exists() and _read(beside).get("key") != record.get("key"):
         return {}
-    return record
+    return {} if job.stage == "preprocess" and _is_removed(config, job) else record
 
 
 def remove_record(config: Config, job: Job) -> None:
     """Tell, before a job starts, that there is no whole result of it."""
     record_path(output_of(config, job)).unlink(missing_ok=True)
-    if beside := _beside_arrays(config, job):
+    if beside := _beside_data(config, job):
         write_json(beside, {"key": None})
 
 
 def write_record(config: Config, job: Job, record: Record) -> None:
     """Tell that a job has succeeded."""
-    if beside := _beside_arrays(config, job):
+    if beside := _beside_data(config, job):
         write_json(beside, {"key": record["key"]})
     output = output_of(config, job)
     write_json(record_path(output), record | {"files": _files_of(job, output)})
@@ -62,11 +62,23 @@ def _files_of(job: Job, output: Path) -> list[str]:
     return sorted(path.name for path in files if path.name not in optional)
 
 
-def _beside_arrays(config: Config, job: Job) -> Path | None:
-    """Where arrays that lie apart tell whose they are: DVC may bring back another list of them."""
-    if config.arrays is None or job.stage not in BATCHED:
+def _beside_data(config: Config, job: Job) -> Path | None:
+    """Where data that lie apart tell whose they are: DVC may bring back another list of them."""
+    if job.stage == "preprocess":
+        return _derivatives(config, job) / ".neuromamba" / f"{job.subject}.key.json"
+    if config.arrays is None or job.stage not in (*BATCHED, "anat"):
         return None
     return Path(config.arrays) / job.dataset / job.stage / f"batch-{job.batch}.key.json"
+
+
+def _derivatives(config: Config, job: Job) -> Path:
+    return Path(config.datasets[job.dataset].derivatives)
+
+
+def _is_removed(config: Config, job: Job) -> bool:
+    """Whether a subject's derivatives are gone, though those of others are there."""
+    folder, status = _derivatives(config, job), _read(output_of(config, job))
+    return bool(status.get("runs")) and folder.is_dir() and not (folder / job.subject).exists()
 
 
 def _read(path: Path) -> Record:
@@ -97,7 +109,7 @@ def _changes(key: str, old: Any, new: Any) -> list[str]:
 
 def forget_batches(config: Config, dataset: str) -> None:
     """Remove the lists of batches that are no more, for other jobs change their arrays."""
-    for stage in ("index", *BATCHED):
+    for stage in ("index", *BY_BATCH):
         job = Job(stage, dataset, batch=0)
         folder = Layout.of(config, dataset).manifest(stage, 0).parent
         for manifest in folder.glob("batch-*.tsv"):
@@ -105,5 +117,5 @@ def forget_batches(config: Config, dataset: str) -> None:
             if number >= config.compute.batches:
                 record_path(manifest).unlink(missing_ok=True)
                 manifest.unlink()
-                if beside := _beside_arrays(config, replace(job, batch=number)):
+                if beside := _beside_data(config, replace(job, batch=number)):
                     write_json(beside, {"key": None})

@@ -31,7 +31,7 @@ from neuromamba.collect import (
     example_run,
     group_connectivity,
 )
-from neuromamba.config import Config
+from neuromamba.config import Config, Denoise
 from neuromamba.files import write_text
 from neuromamba.verdicts import METRICS, Row, number, result_rows, verdict, where_chance_is
 
@@ -133,6 +133,8 @@ def _describe_dataset(config: Config, name: str) -> dict[str, Any]:
         "parts": {part: len(subjects) for part, subjects in data.split.items()},
         "excluded": data.excluded.head(LONGEST_LIST).to_dict("records"),
         "n_excluded": len(data.excluded),
+        "preprocessed_by": data.preprocessed_by,
+        "denoised": _changes_of(config.volumes.denoise),
         "facts": _run_facts(data),
         "runs": _run_table(data),
         **_data_figures(config, data),
@@ -141,6 +143,20 @@ def _describe_dataset(config: Config, name: str) -> dict[str, Any]:
         "curves": _curves(trainings),
         "targets": targets,
     }
+
+
+def _changes_of(denoise: Denoise) -> str:
+    """What is taken out of the signal, as `key value, ...`; empty where nothing is."""
+    changed = {
+        key: value
+        for key, value in denoise.model_dump(mode="json").items()
+        if value and (key in ("strategy", "detrend") or value != Denoise.model_fields[key].default)
+    }
+    shown = {
+        key: ", ".join(value) if isinstance(value, list) else value
+        for key, value in changed.items()
+    }
+    return "; ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def _describe_target(config: Config, data: Data, target: str) -> dict[str, Any]:

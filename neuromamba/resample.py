@@ -18,13 +18,26 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
+from neuromamba.config import Volumes
+
 Shape = tuple[int, int, int]
 Affine = npt.NDArray[np.float64]
 
+CENTRE_MM = (0.5, -17.5, 4.5)
+"""Centre of the field of view, MNI mm. The brain of MNI152NLin2009cAsym (2 mm mask: x -72.5..71.5,
+y -108.5..71.5, z -72.5..81.5) lies inside 96 voxels of 2 mm with at least 2 to spare on each side,
+and the grid falls on that of fMRIPrep's `res-2`, whose values are therefore copied unchanged."""
 SNAP = 1e-6, 1e-4
 """Where source and target step alike, their ratio is an integer but for the rounding of float32
 affines: the entries of the linear part and the shift (in voxels) that are this near are rounded.
 Otherwise grids that coincide would miss each other, and border voxels would fall outside."""
+
+
+def target_affine(volumes: Volumes) -> npt.NDArray[np.float64]:
+    """Affine of the target grid: (4, 4), voxel indices (x, y, z) to MNI mm, axes to R, A, S."""
+    affine = np.diag([volumes.voxel_size] * 3 + [1.0])
+    affine[:3, 3] = CENTRE_MM - volumes.voxel_size * (np.array(volumes.shape) - 1) / 2
+    return affine
 
 
 def source_coordinates(

@@ -2,21 +2,26 @@
 
 Design choices
 --------------
-- Every run of a dataset has the same ROIs in the same order. One without a voxel in a run's brain
-  mask is NaN there; who compares subjects leaves such ROIs out.
+- Every run of a dataset has the same ROIs in the same order. One of which nothing, or less than
+  `rois.min_coverage`, lies in a run's brain mask is NaN there, never 0; how much of each ROI
+  does is stored as `coverage`. Who compares subjects leaves such ROIs out.
 - The atlas meets the grid through the two affines, nearest neighbour, so that it may have any
-  resolution and any orientation, as long as it is in the run's space.
+  resolution and any orientation, as long as it is in the run's space or one near it
+  (`neuromamba.atlases`), which is stored.
 - Without an atlas the ROIs are cubes of the grid, so that no dataset needs one.
 - The volumes are read some at a time: memory does not grow with the run's length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import errno
+import fcntl
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
@@ -24,123 +29,23 @@ import xarray
 import zarr
 
 import neuromamba
-from neuromamba.config import Config
+from neuromamba.atlases import compare_spaces, is_named, open_atlas
+from neuromamba.config import Config, Rois
+from neuromamba.connectivity import ESTIMATORS, VARIABLES, connectivity, fisher_z
 from neuromamba.contents import Contents
-from neuromamba.files import InputError, digest_file, digest_json
+from neuromamba.files import InputError, digest_json
 from neuromamba.layout import Layout
+from neuromamba.parcellation import Parcellation, count_voxels, make_cubes, resample_labels
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
 from neuromamba.store import READ_VOLUMES, finish, finished, new_store
 
-
-@dataclass(frozen=True)
-class Parcellation:
-    """Which voxels make up a ROI.
-
-    Attributes
-    ----------
-    name
-        File name of the atlas, or what the cubes are.
-    sha256
-        Digest of the atlas file; `None` for cubes.
-    labels
-        One name per ROI, in the order of the `roi` axis.
-    index
-        (x, y, z) int32 on the atlas's own grid: number of the ROI, counted from 0, or -1 outside.
-    affine
-        (4, 4) voxel indices of `index` to mm.
-    """
-
-    name: str
-    sha256: str | None
-    labels: list[str]
-    index: npt.NDArray[np.int32]
-    affine: npt.NDArray[np.float64]
-
-    @property
-    def key(self) -> str:
-        """Changes when the ROIs do."""
-        return digest_json([self.name, self.sha256, self.labels, list(self.index.shape)])
-
-
-def read_atlas(path: Path | str) -> Parcellation:
-    """Read a labelled NIfTI: whole numbers, 0 for background.
-
-    Raises
-    ------
-    InputError
-        When the file is absent or unreadable, is not one 3D image, or holds no whole numbers
-        (a probabilistic atlas), or no label at all.
-    """
-    path = Path(path)
-    try:
-        image: Any = nibabel.load(path)
-        data = np.asanyarray(image.dataobj)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: the atlas does not exist; correct the dataset's `atlas`"
-        ) from None
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: the atlas is not a readable NIfTI ({error})") from None
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
-    if data.ndim != 3:
-        raise InputError(
-            f"{path}: the atlas has shape {data.shape}; give one 3D image of labels, "
-            "not one map per region"
-        )
-    if not np.isfinite(data).all() or (data != np.round(data)).any() or (data < 0).any():
-        raise InputError(f"{path}: an atlas holds whole numbers, 0 for background; this does not")
-    values = np.unique(data)
-    values = values[values > 0]
-    if not len(values):
-        raise InputError(f"{path}: the atlas holds no label above 0")
-    index = np.searchsorted(values, data).astype(np.int32)
-    index[data == 0] = -1
-    labels = [str(int(value)) for value in values]
-    return Parcellation(path.name, digest_file(path), labels, index, np.asarray(image.affine))
-
-
-def make_cubes(
-    shape: tuple[int, int, int], affine: npt.NDArray[np.float64], edge: float
-) -> Parcellation:
-    """Cut a grid of `shape` voxels into cubes of `edge` mm that start at its first voxel.
-
-    Where the voxel size does not divide `edge`, neighbouring cubes differ by one voxel.
-    """
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    cells = [
-        np.floor(np.arange(n) * size / edge + 1e-6) for n, size in zip(shape, sizes, strict=True)
-    ]
-    counts = [int(cell[-1]) + 1 for cell in cells]
-    x, y, z = np.meshgrid(*cells, indexing="ij")
-    index = ((x * counts[1] + y) * counts[2] + z).astype(np.int32)
-    labels = [f"x{i}-y{j}-z{k}" for i, j, k in np.ndindex(*counts)]
-    return Parcellation(f"cubes of {edge:g} mm", None, labels, index, affine)
-
-
-def resample_labels(
-    parcellation: Parcellation, shape: tuple[int, int, int], affine: npt.NDArray[np.float64]
-) -> npt.NDArray[np.int32]:
-    """Carry the ROI numbers to another grid, nearest neighbour, through both affines.
-
-    Returns
-    -------
-    (x, y, z) int32
-        ROI number of each voxel of the grid, -1 outside every ROI.
-    """
-    to_atlas = np.linalg.inv(parcellation.affine) @ affine
-    voxels = np.indices(shape).reshape(3, -1)
-    nearest = np.round(to_atlas[:3, :3] @ voxels + to_atlas[:3, 3:]).astype(np.int64)
-    inside = ((nearest >= 0) & (nearest < np.array(parcellation.index.shape)[:, None])).all(axis=0)
-    labels = np.full(voxels.shape[1], -1, dtype=np.int32)
-    labels[inside] = parcellation.index[tuple(nearest[:, inside])]
-    return labels.reshape(shape)
+MANIFEST_FACTS = ("key", "n_rois", "n_missing", "tsnr")
 
 
 def roi_series(
-    volumes: xarray.Dataset, parcellation: Parcellation, step: int
-) -> npt.NDArray[np.float32]:
+    volumes: xarray.Dataset, parcellation: Parcellation, step: int, min_coverage: float = 0.0
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Mean signal of each ROI's brain voxels, in the scan's original units.
 
     Parameters
@@ -149,34 +54,60 @@ def roi_series(
         One run, opened with `mask_and_scale=False`; see `neuromamba.volumes`.
     parcellation, step
         The ROIs, and the number of volumes to read at a time.
+    min_coverage
+        Share of a ROI's voxels that must lie in the brain mask.
 
     Returns
     -------
-    (time, roi) float32
-        NaN for a ROI without a brain voxel.
+    series : (time, roi) float32
+        NaN for a ROI that the brain mask covers too little, or not at all.
+    coverage : (roi,) float32
+        Share of each ROI's voxels that lie in the brain mask; 0 also for a ROI that is smaller than
+        the grid can show.
 
     Raises
     ------
     InputError
-        When no ROI has any brain voxel: the atlas is in another space.
+        When no ROI has any brain voxel (the atlas is in another space), or none has enough.
     """
     mask = volumes["mask"].values.astype(bool)
     affine = np.asarray(volumes.attrs["affine"], dtype=np.float64)
     grid = resample_labels(parcellation, mask.T.shape, affine).T
     voxels = np.flatnonzero(mask & (grid >= 0))
+    run = volumes.attrs.get("run", "this run")
     if not len(voxels):
         raise InputError(
-            f"atlas {parcellation.name}: no region lies in the brain mask of "
-            f"{volumes.attrs.get('run', 'this run')}; is the atlas in the space "
-            f"{volumes.attrs.get('space', 'of the run')}?"
+            f"atlas {parcellation.name}: no region lies in the brain mask of {run}; is the atlas "
+            f"in the space {volumes.attrs.get('space', 'of the run')}?"
         )
     roi = grid.ravel()[voxels]
     count = np.bincount(roi, minlength=len(parcellation.labels))
+    whole = count_voxels(parcellation, affine)
+    coverage = np.minimum(count / np.maximum(whole, 1), 1).astype(np.float32)
+    absent = (count == 0) | (coverage < min_coverage)
+    if absent.all():
+        raise InputError(
+            f"atlas {parcellation.name}: the brain mask of {run} covers at most "
+            f"{coverage.max():.0%} of a region, less than rois.min_coverage = {min_coverage:g}; "
+            "lower that setting, or leave the run out"
+        )
+    series = _means(volumes["bold"], voxels, roi, count, step)
+    series[:, absent] = np.nan
+    return series, coverage
+
+
+def _means(
+    bold: xarray.DataArray,
+    voxels: npt.NDArray[np.intp],
+    roi: npt.NDArray[np.int32],
+    count: npt.NDArray[np.int_],
+    step: int,
+) -> npt.NDArray[np.float32]:
+    """Mean signal of the `voxels` of each `roi`, which has `count` of them: (time, roi)."""
     weight = (1 / np.maximum(count, 1))[roi].astype(np.float32)
     mean = scipy.sparse.csr_array(
         (weight, (roi, np.arange(len(voxels)))), shape=(len(count), len(voxels))
     )
-    bold = volumes["bold"]
     series = np.empty((bold.sizes["time"], len(count)), dtype=np.float32)
     for start in range(0, len(series), step):
         frames = bold[start : start + step].values
@@ -185,27 +116,19 @@ def roi_series(
     # The mean commutes with the affine code of the stored values, so only the means are decoded.
     series *= np.float32(bold.attrs.get("scale_factor", 1.0))
     series += np.float32(bold.attrs.get("add_offset", 0.0))
-    series[:, count == 0] = np.nan
     return series
 
 
-def connectivity(series: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """Pearson correlation of ROI series: (time, roi) -> (roi, roi) float32.
-
-    Rows and columns of a ROI that is missing or constant are NaN, its diagonal too.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.atleast_2d(np.corrcoef(series, rowvar=False)).astype(np.float32)
-
-
-def make_rois(source: Path, target: Path, parcellation: Parcellation, step: int) -> dict[str, Any]:
+def make_rois(
+    source: Path, target: Path, parcellation: Parcellation, step: int, rois: Rois
+) -> dict[str, Any]:
     """Write the ROI series and FC of one run's volumes, unless they are there already.
 
     Returns
     -------
     dict
-        `key`, which tells what the store was made from; `n_rois`, ROIs with a brain voxel in this
-        run; `n_missing`, those without; `tsnr`, the median of mean / SD over the brain's voxels.
+        `key`, which tells what the store was made from; `n_rois`, ROIs with a signal in this run;
+        `n_missing`, those without; `tsnr`, the median of mean / SD over the brain's voxels.
 
     Raises
     ------
@@ -217,24 +140,37 @@ def make_rois(source: Path, target: Path, parcellation: Parcellation, step: int)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source}: not a readable volumes store ({error})") from None
     with volumes:
-        key = digest_json([code_of("rois"), volumes.attrs["key"], parcellation.key])
+        settings = rois.model_dump(mode="json", exclude={"cube"})
+        key = digest_json([code_of("rois"), volumes.attrs["key"], parcellation.key, settings])
         attributes = finished(target, key)
         if attributes is None:
-            series = roi_series(volumes, parcellation, step)
+            series, coverage = roi_series(volumes, parcellation, step, rois.min_coverage)
             missing = int(np.isnan(series[0]).sum())
             attributes = {
-                "atlas": parcellation.name,
-                "atlas_sha256": parcellation.sha256,
+                **_about_atlas(parcellation, volumes.attrs.get("space")),
                 **{name: volumes.attrs.get(name) for name in ("run", "subject", "space")},
                 "repetition_time": float(volumes.attrs["repetition_time"]),
+                "connectivity": list(rois.connectivity),
+                "min_coverage": rois.min_coverage,
                 "n_rois": series.shape[1] - missing,
                 "n_missing": missing,
                 "tsnr": _tsnr(volumes),
                 "neuromamba_version": neuromamba.__version__,
                 "key": key,
             }
-            _write(target, series, parcellation.labels, attributes)
-    return {name: attributes[name] for name in ("key", "n_rois", "n_missing", "tsnr")}
+            data = _tabulate(series, coverage, volumes["time"].values, parcellation.labels, rois)
+            _write(target, data, attributes)
+    return {name: attributes[name] for name in MANIFEST_FACTS}
+
+
+def _about_atlas(parcellation: Parcellation, space: str | None) -> dict[str, Any]:
+    return {
+        "atlas": parcellation.name,
+        "atlas_sha256": parcellation.sha256,
+        "atlas_space": parcellation.space,
+        "atlas_names": parcellation.names_from,
+        "atlas_note": compare_spaces(parcellation, space) if space else None,
+    }
 
 
 def _tsnr(volumes: xarray.Dataset) -> float:
@@ -243,23 +179,32 @@ def _tsnr(volumes: xarray.Dataset) -> float:
     return float(np.median(mean[sd > 0] / sd[sd > 0]))
 
 
-def _write(
-    target: Path,
+def _tabulate(
     series: npt.NDArray[np.float32],
+    coverage: npt.NDArray[np.float32],
+    time: npt.NDArray[np.floating],
     labels: list[str],
-    attributes: dict[str, Any],
-) -> None:
+    rois: Rois,
+) -> xarray.Dataset:
+    """Series, coverage and connectivity of one run by name of ROI."""
     # `object` becomes Zarr's text of any length; numpy's fixed length has no specification.
     names = np.array(labels, dtype=object)
-    time = np.arange(len(series)) * attributes["repetition_time"]
-    rois = xarray.Dataset(
-        {
-            "timeseries": (("time", "roi"), series, {"long_name": "mean signal of the ROI"}),
-            "fc": (("roi", "roi_2"), connectivity(series), {"long_name": "Pearson correlation"}),
-        },
-        coords={"time": ("time", time, {"units": "s"}), "roi": names, "roi_2": names},
-    )
-    whole = {name: {"chunks": rois[name].shape} for name in ("timeseries", "fc")}
+    share = "share of the ROI's voxels in the brain mask"
+    variables: dict[str, Any] = {
+        "timeseries": (("time", "roi"), series, {"long_name": "mean signal of the ROI"}),
+        "coverage": ("roi", coverage, {"long_name": share}),
+    }
+    for kind in rois.connectivity:
+        values = connectivity(series, kind)
+        about = {"long_name": ESTIMATORS[kind], "fisher_z": rois.fisher_z}
+        stored = fisher_z(values).astype(np.float32) if rois.fisher_z else values
+        variables[VARIABLES[kind]] = (("roi", "roi_2"), stored, about)
+    coords = {"time": ("time", time, {"units": "s"}), "roi": names, "roi_2": names}
+    return xarray.Dataset(variables, coords)
+
+
+def _write(target: Path, rois: xarray.Dataset, attributes: dict[str, Any]) -> None:
+    whole = {str(name): {"chunks": rois[name].shape} for name in rois.data_vars}
     with new_store(target, attributes["key"]) as temporary:
         rois.to_zarr(temporary, zarr_format=3, consolidated=False, encoding=whole)
         finish(zarr.open_group(temporary), attributes)
@@ -274,9 +219,8 @@ def run_rois(config: Config, dataset: str, batch: int) -> None:
         When the atlas is unusable, or too many runs are (`compute.max_excluded`).
     """
     layout = Layout.of(config, dataset)
-    atlas = config.datasets[dataset].atlas
     runs = usable_runs([layout.manifest("volumes", batch)])
-    known: list[Parcellation] = [read_atlas(atlas)] if atlas else []
+    known = _atlas_of(config, dataset)
     manifest = layout.manifest("rois", batch)
     contents = Contents(layout, "rois", batch)
 
@@ -285,10 +229,40 @@ def run_rois(config: Config, dataset: str, batch: int) -> None:
         if not known:
             known.append(_cubes_of(source, config))
         target = layout.array("rois", run)
-        facts = make_rois(source, target, known[0], READ_VOLUMES)
+        facts = make_rois(source, target, known[0], READ_VOLUMES, config.rois)
         return contents.add(run, facts)
 
     process_runs("rois", runs, make, manifest, config.compute.max_excluded)
+
+
+def _atlas_of(config: Config, dataset: str) -> list[Parcellation]:
+    """The atlas that a dataset names, if it names one."""
+    settings = config.datasets[dataset]
+    if settings.atlas is None:
+        return []
+    if not is_named(settings.atlas):
+        return [open_atlas(settings.atlas, settings.space)]
+    # The batches are separate jobs, and two that download the same file would spoil it.
+    with _one_at_a_time(Layout.of(config, dataset).digests("rois", 0).parents[2] / "atlas.lock"):
+        return [open_atlas(settings.atlas, settings.space)]
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Hold a file's lock, which ends with this process; a file system without locks is told of."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            warnings.warn(
+                f"{lock}: this file system has no locks; should the atlas not be there yet, run "
+                "one batch of rois before the others",
+                stacklevel=2,
+            )
+        yield
 
 
 def _cubes_of(source: Path, config: Config) -> Parcellation:

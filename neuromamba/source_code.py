@@ -30,6 +30,8 @@ NEUTRAL = frozenset(
         "models",
         "owned",
         "prefetch",
+        "qc_rules",
+        "raw_listing",
         "record",
         "recording",
         "records",

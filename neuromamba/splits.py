@@ -16,6 +16,7 @@ Design choices
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from neuromamba.config import Config, Dataset, Splits
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.participants import read_participants
+from neuromamba.qc_rules import left_out
 from neuromamba.stage import read_manifest
 from neuromamba.stages import stratified_by
 from neuromamba.tables import read_table, write_table
@@ -176,9 +178,11 @@ def _every_kth(ordered: pd.Index, n: int, start: float) -> pd.Index:
     return ordered[np.floor((np.arange(n) + start) * len(ordered) / n).astype(int)]
 
 
-def usable_subjects(index: pd.DataFrame, layout: Layout, batches: int) -> list[str]:
-    """Subjects with at least one run whose tokens and ROI series both exist."""
-    usable = set(index.loc[index["reason"].isna(), "run"])
+def usable_subjects(
+    index: pd.DataFrame, layout: Layout, batches: int, bad: Iterable[str] = ()
+) -> list[str]:
+    """Subjects with a run whose tokens and ROI series both exist, and that is not `bad`."""
+    usable = set(index.loc[index["reason"].isna(), "run"]) - set(bad)
     for stage in ("tokens", "rois"):
         made = [read_manifest(layout, stage, batch) for batch in range(batches)]
         usable &= {run for table in made for run in table.loc[table["reason"].isna(), "run"]}
@@ -196,6 +200,7 @@ def run_splits(config: Config, dataset: str) -> None:
     layout = Layout.of(config, dataset)
     settings = config.datasets[dataset]
     index = read_table(layout.index, dtype={"run": str, "subject": str, "reason": str})
-    subjects = usable_subjects(index, layout, config.compute.batches)
+    bad = left_out(config, dataset)
+    subjects = usable_subjects(index, layout, config.compute.batches, bad)
     participants = read_participants(settings)
     write_table(layout.split, split_subjects(subjects, participants, settings, config.splits))

@@ -12,12 +12,18 @@ from typing import Any
 
 from neuromamba.config import Classification, Config, Dataset, Model
 from neuromamba.layout import Layout
+from neuromamba.qc_rules import has_rules, rules_of
+from neuromamba.raw_listing import raw_subjects
 
 BATCHED = ("volumes", "tokens", "rois")
+"""Stages that make an array of each run."""
+BY_BATCH = (*BATCHED, "anat", "qc")
 STAGES = (
+    "preprocess",
     "index",
-    *BATCHED,
+    *BY_BATCH,
     "excluded",
+    "overview",
     "splits",
     "pretrain",
     "finetune",
@@ -37,6 +43,7 @@ class Job:
 
     stage: str
     dataset: str = ""
+    subject: str = ""
     batch: int | None = None
     model: str = ""
     seed: int = 0
@@ -44,7 +51,7 @@ class Job:
     fraction: float = 0.0
 
     def __str__(self) -> str:
-        parts = [self.dataset, self.model, self.target]
+        parts = [self.dataset, self.subject, self.model, self.target]
         if self.batch is not None:
             parts.append(f"batch {self.batch}")
         if self.model:
@@ -55,7 +62,7 @@ class Job:
 
 
 def all_jobs(config: Config) -> list[Job]:
-    """The report's jobs, each after those it needs."""
+    """The jobs of the report and of the pages on quality, each after those it needs."""
     found: dict[Job, None] = {}
 
     def visit(job: Job) -> None:
@@ -64,6 +71,8 @@ def all_jobs(config: Config) -> list[Job]:
                 visit(earlier)
             found[job] = None
 
+    for name in config.datasets:
+        visit(Job("overview", name))
     visit(Job("report"))
     return list(found)
 
@@ -72,32 +81,43 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
     """The jobs whose results a job works on."""
     members = list(config.members(job.dataset)) if job.dataset else []
     match job.stage:
-        case "index":
+        case "preprocess":
             return []
-        case "volumes":
+        case "index":
+            names = raw_subjects(config, job.dataset)
+            return [Job("preprocess", job.dataset, subject=name) for name in names]
+        case "volumes" | "anat":
             return [Job("index", job.dataset)]
         case "tokens" | "rois":
             return [replace(job, stage="volumes")]
+        case "qc":
+            return [replace(job, stage="tokens")]
         case "splits":
             made = [*_batches(config, members, "tokens"), *_batches(config, members, "rois")]
             return [Job("excluded", job.dataset), *made]
         case "excluded":
-            return [one for stage in BATCHED for one in _batches(config, members, stage)]
+            made = [one for stage in BATCHED for one in _batches(config, members, stage)]
+            return made + _checked(config, members)
+        case "overview":
+            return [Job("excluded", job.dataset), *_batches(config, members, "qc")]
         case "pretrain" | "cell":
             splits = [Job("splits", name) for name in members]
-            return [*splits, *_batches(config, members, "tokens")]
+            tokens = _batches(config, members, "tokens")
+            return [*splits, *tokens, *_checked(config, members)]
         case "finetune":
-            return [Job("splits", job.dataset), _pretrain(config, job)]
+            first = [Job("splits", job.dataset), _pretrain(config, job)]
+            return first + _checked(config, members)
         case "evaluate":
             tuned = replace(job, stage="finetune")
-            return [Job("splits", job.dataset), tuned, *_batches(config, members, "rois")]
+            rois = _batches(config, members, "rois")
+            return [Job("splits", job.dataset), tuned, *rois, *_checked(config, members)]
         case "scores":
             targets = config.datasets[job.dataset].targets
             evaluated = [replace(job, stage="evaluate", target=target) for target in targets]
             return [Job("excluded", job.dataset), _pretrain(config, job), *evaluated]
         case "forecast":
-            tokens = _batches(config, members, "tokens")
-            return [Job("splits", job.dataset), _pretrain(config, job), *tokens]
+            first = [Job("splits", job.dataset), _pretrain(config, job)]
+            return [*first, *_batches(config, members, "tokens"), *_checked(config, members)]
         case "scaling":
             return _cells(config, job.dataset)
         case "report":
@@ -108,6 +128,11 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
 def _batches(config: Config, datasets: list[str], stage: str) -> list[Job]:
     numbers = range(config.compute.batches)
     return [Job(stage, name, batch=number) for name in datasets for number in numbers]
+
+
+def _checked(config: Config, datasets: list[str]) -> list[Job]:
+    """The jobs that tell which runs the rules of quality leave out."""
+    return _batches(config, datasets, "qc") if has_rules(config) else []
 
 
 def _pretrain(config: Config, job: Job) -> Job:
@@ -138,9 +163,13 @@ def output_of(config: Config, job: Job) -> Path:
     """The file that a job writes last."""
     layout = Layout.of(config, job.dataset)
     match job.stage:
+        case "preprocess":
+            return layout.preprocess(job.subject)
         case "index":
             return layout.index
-        case "volumes" | "tokens" | "rois":
+        case "overview":
+            return layout.overview
+        case "volumes" | "tokens" | "rois" | "anat" | "qc":
             assert job.batch is not None
             return layout.manifest(job.stage, job.batch)
         case "splits":
@@ -168,6 +197,9 @@ def output_of(config: Config, job: Job) -> Path:
 
 def modules_of(config: Config, job: Job) -> tuple[str, ...]:
     """The modules that a job's stage begins in, and that of its model's family."""
+    if job.stage == "preprocess":
+        # What fMRIPrep made stays, however our code that calls it changes.
+        return ("ants_engine",) if config.preprocess.engine == "ants" else ()
     first = {"index": "bids", "cell": "pretrain"}.get(job.stage, job.stage)
     if not job.model or job.stage == "scores":
         return (first,)
@@ -186,6 +218,9 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
         return _settings_of_training(config, job)
     dataset = config.datasets.get(job.dataset)
     match job.stage:
+        case "preprocess":
+            assert dataset is not None
+            return {"space": dataset.space, **_settings_of_engine(config)}
         case "index":
             assert dataset is not None
             keys = {"space", "repetition_time"}
@@ -194,6 +229,17 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
             assert dataset is not None
             own = {"space": dataset.space, "time_patch": config.tokens.time_patch}
             return {"volumes": config.volumes.model_dump(mode="json"), **own}
+        case "anat":
+            assert dataset is not None
+            grid = config.volumes.model_dump(mode="json", include={"shape", "voxel_size"})
+            return {"grid": grid, "space": dataset.space, "resolution": dataset.resolution}
+        case "qc":
+            return {"qc": config.qc.model_dump(mode="json", include={"fd_threshold", "pages"})}
+        case "excluded":
+            rules = rules_of(config.qc)
+            return {"rules": rules} if rules else {}
+        case "overview":
+            return {"outlier": config.qc.outlier}
         case "tokens" | "rois":
             return {job.stage: getattr(config, job.stage).model_dump(mode="json")}
         case "splits":
@@ -207,6 +253,13 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
         case "scaling":
             return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
     return {}
+
+
+def _settings_of_engine(config: Config) -> dict[str, Any]:
+    engine = config.preprocess.engine
+    section = {"docker": "fmriprep", "apptainer": "fmriprep"}.get(engine, engine)
+    settings = config.preprocess.model_dump(mode="json")
+    return {"engine": engine, section: settings.get(section)}
 
 
 def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:

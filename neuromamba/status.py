@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 from neuromamba.config import Config
+from neuromamba.data_manifest import write_manifest
 from neuromamba.files import InputError
 from neuromamba.keys import Keys
-from neuromamba.listing import write_manifest
 from neuromamba.stages import all_jobs
 
 SHOWN = 20

@@ -10,19 +10,22 @@ Design choices
 - A voxel that does not vary by at least half a step of the stored precision carries no signal; it
   leaves the brain mask. Which ones is known only at the end: they are guessed from the first
   volumes, and where the guess was wrong the run is streamed once more.
+- Where denoising over time is asked for, the run goes through a file first (see `denoise` and
+  `spool`); all that comes after is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import zarr
-from zarr.codecs import ZstdCodec
 
 import neuromamba
 from neuromamba.brain import BrainStream
@@ -31,19 +34,21 @@ from neuromamba.contents import Contents
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.moments import Floats, Moments
-from neuromamba.nifti import read_header
+from neuromamba.nifti import Header, read_header
 from neuromamba.prefetch import prefetch
+from neuromamba.resample import target_affine
 from neuromamba.shards import ShardWriter
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import CHUNK_KEYS, FLOAT16_MAX, Code, add_array, finish, finished, new_store
+from neuromamba.store import FLOAT16_MAX, Code, finish, finished, new_store
 from neuromamba.tables import read_table
+from neuromamba.volume_arrays import add_maps, create_bold
 
-CENTRE_MM = (0.5, -17.5, 4.5)
-"""Centre of the field of view, MNI mm. The brain of MNI152NLin2009cAsym (2 mm mask: x -72.5..71.5,
-y -108.5..71.5, z -72.5..81.5) lies inside 96 voxels of 2 mm with at least 2 to spare on each side,
-and the grid falls on that of fMRIPrep's `res-2`, whose values are therefore copied unchanged."""
+if TYPE_CHECKING:
+    from neuromamba.spool import DenoisedStream
+
 MANIFEST_FACTS = ("key", "n_volumes", "n_voxels", "n_constant_voxels")
+DENOISED_FACTS = ("repetition_time", "n_dropped", "n_scrubbed", "dof")
 CHUNKS_AHEAD = 4
 """Chunks made before they are compressed, which is in another thread."""
 PROBE_VOLUMES = 10
@@ -61,13 +66,7 @@ class Source:
     space: str
     repetition_time: float
     fingerprint: str
-
-
-def target_affine(volumes: Volumes) -> npt.NDArray[np.float64]:
-    """Affine of the target grid: (4, 4), voxel indices (x, y, z) to MNI mm, axes to R, A, S."""
-    affine = np.diag([volumes.voxel_size] * 3 + [1.0])
-    affine[:3, 3] = CENTRE_MM - volumes.voxel_size * (np.array(volumes.shape) - 1) / 2
-    return affine
+    confounds: Path | None = None
 
 
 def run_volumes(config: Config, dataset: str, batch: int) -> None:
@@ -94,6 +93,7 @@ def run_volumes(config: Config, dataset: str, batch: int) -> None:
             space=config.datasets[dataset].space,
             repetition_time=float(row["repetition_time"]),
             fingerprint=row["fingerprint"],
+            confounds=None if pd.isna(row["confounds"]) else Path(row["confounds"]),
         )
         target = layout.array("volumes", run)
         facts = make_volumes(source, target, config.volumes, config.tokens.time_patch)
@@ -112,7 +112,7 @@ def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int
     target
         Where the store goes; it appears there only when it is whole.
     volumes
-        Grid and storage.
+        Grid, denoising and storage.
     time_patch
         Volumes in a chunk.
 
@@ -120,13 +120,15 @@ def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int
     -------
     dict
         `key`, which tells what the store was made from, `n_volumes`, `n_voxels` (in the brain
-        mask) and `n_constant_voxels` (left out of it).
+        mask) and `n_constant_voxels` (left out of it); after denoising over time also
+        `DENOISED_FACTS`.
 
     Raises
     ------
     InputError
         When the run cannot be used: unreadable, truncated or 3D; too few volumes; NaN in the
-        brain; a mask that is empty or on another grid; no voxel that varies.
+        brain; a mask that is empty or on another grid; no voxel that varies; denoising that its
+        confounds or its length do not allow.
     """
     header = read_header(source.bold)
     if not header.is_series:
@@ -148,26 +150,58 @@ def make_volumes(source: Source, target: Path, volumes: Volumes, time_patch: int
     key = digest_json([code_of("volumes"), facts, *settings])
     attributes = finished(target, key)
     if attributes is None:
-        stream = BrainStream(header, source.mask, volumes.shape, target_affine(volumes))
-        facts |= {
-            "key": key,
-            "source": str(source.bold),
-            "source_sha256": digest_file(source.bold),
-            "mask_source": str(source.mask),
-            "mask_sha256": digest_file(source.mask),
-        }
-        attributes = _convert(stream, target, facts, volumes, time_patch)
-    return {name: attributes[name] for name in MANIFEST_FACTS}
+        with ExitStack() as stack:
+            run = _open(source, header, target.parent, volumes, stack)
+            facts |= {
+                "key": key,
+                "source": str(source.bold),
+                "source_sha256": digest_file(source.bold),
+                "mask_source": str(source.mask),
+                "mask_sha256": digest_file(source.mask),
+            }
+            attributes = _convert(run, target, facts, volumes, time_patch)
+    names = MANIFEST_FACTS + (DENOISED_FACTS if volumes.denoise.in_time else ())
+    return {name: attributes[name] for name in names}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run to be stored: its volumes, their times in s, and what was done to them."""
+
+    stream: BrainStream | DenoisedStream
+    times: npt.NDArray[np.float64]
+    attributes: dict[str, Any]
+
+
+def _open(source: Source, header: Header, folder: Path, volumes: Volumes, stack: ExitStack) -> _Run:
+    """A run on the target grid, denoised as the settings say; `stack` closes it."""
+    settings, affine = volumes.denoise, target_affine(volumes)
+    attributes = {"smoothing": settings.smoothing} if settings.smoothing else {}
+    if not settings.in_time:
+        stream = BrainStream(header, source.mask, volumes.shape, affine, settings.smoothing)
+        times = np.arange(header.n_volumes, dtype=np.float64) * source.repetition_time
+        return _Run(stream, times, attributes)
+    # Here, because what they import takes a second to load.
+    from neuromamba.denoise import Denoiser
+    from neuromamba.spool import DenoisedStream
+
+    denoiser = Denoiser(
+        header, source.run, source.repetition_time, source.confounds, settings, volumes.min_volumes
+    )
+    stream = BrainStream(header, source.mask, volumes.shape, affine, settings.smoothing)
+    denoised = stack.enter_context(DenoisedStream(stream, denoiser, folder))
+    return _Run(denoised, denoiser.times, attributes | denoiser.attributes)
 
 
 def _convert(
-    stream: BrainStream, target: Path, facts: dict[str, Any], volumes: Volumes, time_patch: int
+    run: _Run, target: Path, facts: dict[str, Any], volumes: Volumes, time_patch: int
 ) -> dict[str, Any]:
     """Stream a run into a store at `target`; return the store's attributes."""
+    stream = run.stream
     code, constant = _probe(stream)
     with new_store(target, facts["key"]) as temporary:
         group = zarr.create_group(temporary, zarr_format=3)
-        _create_bold(group, stream.header.n_volumes, volumes, time_patch, code)
+        create_bold(group, len(run.times), volumes, time_patch, code)
         while True:
             moments = Moments()
             chunks = _chunks(stream, code, constant, (time_patch, *volumes.shape[::-1]), moments)
@@ -177,17 +211,17 @@ def _convert(
             found = _constant(moments, code)
             if found.all():
                 raise InputError(
-                    f"{stream.header.path}: no voxel of the brain mask varies over time; "
+                    f"{stream.path}: no voxel of the brain mask varies over time; "
                     "preprocess the run again, or leave it out"
                 )
             if (found == constant).all():
                 break
             constant = found
-        voxels = stream.voxels[~constant]
+        voxels, affine = stream.voxels[~constant], target_affine(volumes)
         mean, sd = moments.mean()[~constant], moments.sd()[~constant]
-        _add_maps(group, voxels, mean, sd, volumes, facts["repetition_time"], moments.n)
+        add_maps(group, volumes.shape, affine, voxels, {"mean": mean, "sd": sd}, run.times)
         attributes = facts | {
-            "affine": target_affine(volumes).tolist(),
+            "affine": affine.tolist(),
             "interpolation": "linear",
             "global_mean": float(mean.mean()),
             "global_sd": float(np.sqrt(np.mean(sd**2) + np.var(mean))),
@@ -195,12 +229,13 @@ def _convert(
             "n_voxels": len(voxels),
             "n_constant_voxels": int(constant.sum()),
             "neuromamba_version": neuromamba.__version__,
+            **run.attributes,
         }
         finish(group, attributes)
     return attributes
 
 
-def _probe(stream: BrainStream) -> tuple[Code, npt.NDArray[np.bool_]]:
+def _probe(stream: BrainStream | DenoisedStream) -> tuple[Code, npt.NDArray[np.bool_]]:
     """Storage code and likely constant voxels, from the first volumes of a run."""
     volumes: list[Floats] = []
     for block in stream.blocks(ahead=0):
@@ -219,26 +254,8 @@ def _constant(moments: Moments, code: Code) -> npt.NDArray[np.bool_]:
     return np.asarray(moments.sd() <= code.half_step(moments.mean()))
 
 
-def _create_bold(
-    group: zarr.Group, n_volumes: int, volumes: Volumes, time_patch: int, code: Code
-) -> None:
-    grid = volumes.shape[::-1]
-    group.create_array(
-        "bold",
-        shape=(n_volumes, *grid),
-        chunks=(time_patch, *grid),
-        shards=(volumes.shard_volumes, *grid),
-        dtype="float16",
-        compressors=ZstdCodec(level=volumes.compression_level),
-        fill_value=np.nan,
-        chunk_key_encoding=CHUNK_KEYS,
-        dimension_names=["time", "z", "y", "x"],
-        attributes={"long_name": "BOLD signal, NaN outside the brain mask", **code.attributes},
-    )
-
-
 def _chunks(
-    stream: BrainStream,
+    stream: BrainStream | DenoisedStream,
     code: Code,
     left_out: npt.NDArray[np.bool_],
     chunk_shape: tuple[int, ...],
@@ -248,7 +265,7 @@ def _chunks(
     empty = np.full(chunk_shape, np.nan, dtype=np.float16)
     chunk, filled = empty.copy(), 0
     for values in stream.blocks():
-        stored = _encode(values, code, left_out, stream.header.path, moments.n)
+        stored = _encode(values, code, left_out, stream.path, moments.n)
         moments.add(values)
         for volume in stored:
             chunk[filled].reshape(-1)[stream.voxels] = volume
@@ -271,29 +288,3 @@ def _encode(
         )
     stored[:, left_out] = np.nan
     return stored.astype(np.float16)
-
-
-def _add_maps(
-    group: zarr.Group,
-    voxels: npt.NDArray[np.intp],
-    mean: npt.NDArray[np.float64],
-    sd: npt.NDArray[np.float64],
-    volumes: Volumes,
-    repetition_time: float,
-    n_volumes: int,
-) -> None:
-    """Write the mask, the statistics and the coordinates."""
-    space = ["z", "y", "x"]
-    grid = volumes.shape[::-1]
-    mask = np.zeros(np.prod(grid), dtype=bool)
-    mask[voxels] = True
-    add_array(group, "mask", mask.reshape(grid), space, long_name="brain mask")
-    for name, values in (("mean", mean), ("sd", sd)):
-        volume = np.full(mask.shape, np.nan, dtype=np.float32)
-        volume[voxels] = values
-        add_array(group, name, volume.reshape(grid), space, long_name=f"{name} over time")
-    affine = target_affine(volumes)
-    for axis, name in enumerate("xyz"):
-        mm = affine[axis, 3] + affine[axis, axis] * np.arange(volumes.shape[axis])
-        add_array(group, name, mm, [name], units="mm")
-    add_array(group, "time", np.arange(n_volumes) * repetition_time, ["time"], units="s")

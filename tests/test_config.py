@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from neuromamba.config import Config, NeuroMamba, build_config, load_config, save_config
 from neuromamba.files import InputError
 
-SHIPPED = ["demo", "fmriprep", "hcp", "ukb", "abcd", "adhd200", "abide"]
+SHIPPED = ["bids", "demo", "fmriprep", "xcpd", "hcp", "ukb", "abcd", "adhd200", "abide"]
 
 
 @pytest.fixture
@@ -132,7 +132,19 @@ def test_an_unknown_key_in_a_dataset_file_names_that_file(tmp_path: Path):
         load_config([tmp_path / "run.yaml"])
     message = str(caught.value)
     assert f"{tmp_path / 'datasets' / 'mine.yaml'}: unknown key 'derivative'" in message
-    assert "key 'derivatives' is missing" in message
+
+
+def test_a_dataset_needs_scans_in_a_standard_space(base: Path):
+    assert "needs `derivatives`" in problem(base, "datasets={mine: {space: MNI152NLin6Asym}}")
+    native = problem(base, "datasets={mine: {derivatives: data, space: T1w}}")
+    assert "'T1w'" in native
+    assert "MNI152NLin2009cAsym" in native
+
+
+def test_derivatives_of_raw_scans_go_to_the_results_unless_told_otherwise(base: Path):
+    raw = ["datasets={a: {bids: raw}, b: {bids: raw, derivatives: made}}", "results=out"]
+    found = load_config([base], raw).datasets
+    assert [found[name].derivatives for name in "ab"] == ["out/a/derivatives", "made"]
 
 
 @pytest.mark.parametrize(

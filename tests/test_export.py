@@ -63,7 +63,12 @@ def test_the_card_tells_data_preprocessing_and_validation(made: Path) -> None:
 def test_the_config_is_all_that_is_needed(made: Path) -> None:
     facts = read_json(made / "shared" / "config.json")
     assert (facts["format"], facts["model_type"]) == (1, "neuromamba")
-    assert facts["volumes"] == {"shape": [4, 4, 4], "voxel_size": 2.0}
+    assert facts["volumes"]["denoise"]["strategy"] == []
+    assert {**facts["volumes"], "denoise": None} == {
+        "shape": [4, 4, 4],
+        "voxel_size": 2.0,
+        "denoise": None,
+    }
     assert facts["tokens"] == {"patch": 2, "time_patch": 2, "brain_fraction": 0.0}
     assert "pretrain" not in facts["model"]
     assert facts["facts"]["training"]["steps"] == 8

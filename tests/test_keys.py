@@ -103,6 +103,7 @@ def stale(config: Config) -> set[str]:
     return {job.stage for job in all_jobs(config) if found.is_stale(job)}
 
 
+CHECKED = {"excluded", "overview"}
 TRAININGS = {"pretrain", "finetune", "evaluate", "scores", "report"}
 
 
@@ -124,10 +125,13 @@ def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
         ("models.m.depth=2", TRAININGS),
         ("pretrain.learning_rate=0.5", TRAININGS),
         ("splits.seed=3", {"splits", *TRAININGS}),
-        ("rois.cube=9", {"rois", "excluded", "evaluate", "scores", "report"}),
-        ("tokens.brain_fraction=0.5", {"tokens", "excluded", *TRAININGS}),
+        ("rois.cube=9", {"rois", *CHECKED, "evaluate", "scores", "report"}),
+        ("tokens.brain_fraction=0.5", {"tokens", "qc", *CHECKED, *TRAININGS}),
         ("datasets.d.exclude=[sub-77]", {"index"}),
-        ("compute.batches=3", {"index", "volumes", "tokens", "rois"}),
+        ("compute.batches=3", {"index", "volumes", "tokens", "rois", "qc"}),
+        ("qc.outlier=5", {"overview"}),
+        ("qc.fd_threshold=0.2", {"qc", "overview"}),
+        ("preprocess.engine=docker", set()),
         ("compute.max_excluded=0.5", set()),
         ("compute.device=cpu", set()),
         ("compute.processes=2", set()),
@@ -193,7 +197,9 @@ def test_nothing_else_that_has_changed_before_a_result_is_accepted_with_code(
     other = config_of(settings, "tokens.brain_fraction=0.5")
     for batch in range(2):
         make(other, Job("tokens", "d", batch=batch))
+        make(other, Job("qc", "d", batch=batch))
     make(other, Job("excluded", "d"))
+    make(other, Job("overview", "d"))
     assert stale(other) == TRAININGS
     assert accept_code(other) == []
     for job in all_jobs(other):
@@ -228,7 +234,8 @@ def test_an_added_subject_makes_its_batch_stale_and_no_training(
     config: Config, scans: pd.DataFrame
 ):
     scans.loc[len(scans)] = ["sub-12_task-rest", "sub-12", "f"]
-    assert stale(config) == {"index", "volumes", "tokens", "rois", "excluded", "scores", "report"}
+    data = {"index", "volumes", "tokens", "rois", "qc"}
+    assert stale(config) == {*data, *CHECKED, "scores", "report"}
     found = Keys(config)
     batches = [Job("tokens", "d", batch=number) for number in range(2)]
     assert sorted(found.is_stale(job) for job in batches) == [False, True]

@@ -12,8 +12,9 @@ import pytest
 from fake_bids import add_run
 
 from neuromamba.config import Dataset
+from neuromamba.data_manifest import write_manifest
 from neuromamba.files import InputError, read_json
-from neuromamba.listing import list_runs_of, write_manifest
+from neuromamba.listing import list_runs_of
 from neuromamba.tables import read_table
 
 
@@ -71,3 +72,15 @@ def test_a_manifest_is_for_scans_that_dvc_does_not_hold(
     add_run(tmp_path / "data" / "small", "sub-01_task-rest")
     with pytest.raises(InputError, match="dvc add data/small"):
         write_manifest(Dataset(derivatives="data/small"), "small")
+
+
+def test_what_the_confounds_are_is_part_of_the_fingerprint(tmp_path: Path):
+    """It decides which of them are taken out of the signal."""
+    bold = add_run(tmp_path, "sub-01_task-rest")
+    dataset = Dataset(derivatives=str(tmp_path))
+    before = list_runs_of(dataset)["fingerprint"][0]
+    beside = bold.with_name("sub-01_task-rest_desc-confounds_timeseries.json")
+    beside.write_text('{"a_comp_cor_00": {"Retained": true}}')
+    described = list_runs_of(dataset)["fingerprint"][0]
+    beside.write_text('{"a_comp_cor_00": {"Retained": false}}')
+    assert len({before, described, list_runs_of(dataset)["fingerprint"][0]}) == 3

@@ -98,10 +98,15 @@ def test_the_page_is_well_formed_and_asks_nothing_of_the_network(config: Config)
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe"}
         assert (attributes.get("src") or "data:image/").startswith("data:image/")
-        assert (attributes.get("href") or "#").startswith("#")
+        assert (attributes.get("href") or "#").startswith(("#", "../toy/"))
     assert not re.search(r"url\(|@import", html)
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [a["href"] for tag, a in page.tags if tag == "a" and a["href"]]
+    overview = Layout.of(config, "toy").overview
+    assert {(report_path(config).parent / link).resolve() for link in links if link[0] != "#"} == {
+        overview.resolve()
+    }
+    links = [link for link in links if link[0] == "#"]
     assert {link.removeprefix("#") for link in links} <= ids
 
 

@@ -10,8 +10,7 @@ from nilearn.image import resample_img
 from scipy.spatial.transform import Rotation
 
 from neuromamba.config import Volumes
-from neuromamba.resample import Resampler, resample_mask
-from neuromamba.volumes import target_affine
+from neuromamba.resample import Resampler, resample_mask, target_affine
 
 GRID = Volumes(shape=(32, 32, 32), voxel_size=6.0)
 

@@ -18,12 +18,12 @@ from neuromamba import tokens
 from neuromamba.config import Tokens, Volumes
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
-from neuromamba.resample import resample_mask
+from neuromamba.resample import resample_mask, target_affine
 from neuromamba.shards import ShardedArray, ShardWriter
 from neuromamba.tables import read_table
 from neuromamba.token_store import TokenStore
 from neuromamba.tokens import index_patches, make_tokens, run_tokens
-from neuromamba.volumes import Source, make_volumes, run_volumes, target_affine
+from neuromamba.volumes import Source, make_volumes, run_volumes
 
 SETTINGS = Volumes(**GRID)
 TOKENS = Tokens(patch=4)

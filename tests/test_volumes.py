@@ -21,10 +21,11 @@ from scans import GRID, affine_8mm, ball, make_config, series, write_index, writ
 from neuromamba import nifti, volumes
 from neuromamba.config import Volumes
 from neuromamba.files import InputError
+from neuromamba.resample import target_affine
 from neuromamba.shards import ShardWriter
 from neuromamba.stage import batch_of
 from neuromamba.tables import read_table
-from neuromamba.volumes import Source, make_volumes, run_volumes, target_affine
+from neuromamba.volumes import Source, make_volumes, run_volumes
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 

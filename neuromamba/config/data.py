@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
@@ -56,9 +64,14 @@ class FilePatterns(Section):
 
 
 class Dataset(Section):
-    """One dataset: what its files are and what is known of its subjects."""
+    """One dataset: what its files are and what is known of its subjects.
 
-    derivatives: str
+    `bids` is a raw dataset that the `preprocess` stage works on; what it makes goes to
+    `derivatives` (left out: `{results}/{dataset}/derivatives`, which `Config` sets).
+    """
+
+    bids: str | None = None
+    derivatives: str = ""
     space: str = "MNI152NLin2009cAsym"
     resolution: str | None = None
     entities: dict[str, list[str]] = {}
@@ -69,9 +82,135 @@ class Dataset(Section):
     atlas: str | None = None
     exclude: list[str] = []
 
+    @model_validator(mode="after")
+    def _has_data_in_standard_space(self) -> Dataset:
+        if not self.derivatives:
+            raise ValueError("needs `derivatives` (preprocessed scans) or `bids` (raw ones)")
+        if not self.space.startswith("MNI"):
+            raise ValueError(
+                f"space ({self.space!r}) is not a standard one: voxels of different people are "
+                "compared, so scans must lie in an MNI space, such as MNI152NLin2009cAsym; choose "
+                "one of the derivatives' MNI outputs, or run fMRIPrep with one"
+            )
+        return self
+
+
+class Fmriprep(Section):
+    """How fMRIPrep is called; `image` and `version` by the engine that calls it."""
+
+    version: str | None = None
+    image: str | None = None
+    output_spaces: list[str] = []
+    freesurfer: bool = False
+    license: str | None = None
+    templateflow: str | None = None
+    flags: list[str] = []
+
+
+class Template(Section):
+    """Files of a template for the `ants` engine, where the packaged one is not wanted.
+
+    `t1w` or `epi` is needed, and `mask`; the tissue maps are probabilities, 0 to 1.
+    """
+
+    t1w: str | None = None
+    epi: str | None = None
+    mask: str
+    gray_matter: str | None = None
+    white_matter: str | None = None
+
+
+class Ants(Section):
+    """The engine without a container. It is not fMRIPrep (see `neuromamba.ants_engine`)."""
+
+    template: Template | None = None
+    registration: Literal["auto", "t1w", "epi"] = "auto"
+    voxel_size: PositiveFloat = 2.0
+    slice_timing: bool = True
+    # Snakemake passes numbers inside braces on as text.
+    motion_parameters: Annotated[
+        Literal[6, 24], BeforeValidator(lambda value: int(value) if value in ("6", "24") else value)
+    ] = 24
+    interpolation: Literal["linear", "cubic"] = "cubic"
+
+
+class Preprocess(Section):
+    """From raw BIDS to MNI space: by whom, and with which means.
+
+    `time_limit` is in minutes, of one subject; `scratch` is where work in progress lies (`null`: in
+    the derivatives, hidden).
+    """
+
+    engine: Literal["none", "ants", "docker", "apptainer"] = "ants"
+    threads: PositiveInt = 2
+    memory_mb: PositiveInt = 8000
+    time_limit: PositiveFloat = 1440.0
+    scratch: Folder | None = None
+    ants: Ants = Ants()
+    fmriprep: Fmriprep = Fmriprep()
+
+
+class Denoise(Section):
+    """What is taken out of the signal, in the words of nilearn's `load_confounds`.
+
+    Frequencies in Hz, `smoothing` as full width at half maximum in mm, `repetition_time` (to
+    resample to) in s; `scrub` is the shortest segment in volumes that scrubbing leaves.
+    """
+
+    strategy: list[
+        Literal[
+            "motion",
+            "wm_csf",
+            "global_signal",
+            "compcor",
+            "high_pass",
+            "scrub",
+            "non_steady_state",
+        ]
+    ] = []
+    motion: Literal["basic", "power2", "derivatives", "full"] = "full"
+    wm_csf: Literal["basic", "power2", "derivatives", "full"] = "basic"
+    global_signal: Literal["basic", "power2", "derivatives", "full"] = "basic"
+    compcor: Literal["anat_combined", "anat_separated", "temporal"] = "anat_combined"
+    n_compcor: PositiveInt | Literal["all"] = "all"
+    fd_threshold: PositiveFloat = 0.5
+    std_dvars_threshold: PositiveFloat = 1.5
+    scrub: Annotated[int, Field(ge=0)] = 5
+    detrend: bool = False
+    low_pass: PositiveFloat | None = None
+    high_pass: PositiveFloat | None = None
+    repetition_time: PositiveFloat | None = None
+    smoothing: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _make_sense_together(self) -> Denoise:
+        if self.low_pass and self.high_pass and self.high_pass >= self.low_pass:
+            raise ValueError(
+                f"high_pass ({self.high_pass:g} Hz) must be below low_pass ({self.low_pass:g} Hz)"
+            )
+        if self.high_pass and "high_pass" in self.strategy:
+            raise ValueError(
+                "high_pass is given as a frequency and as a strategy (fMRIPrep's cosines); "
+                "leave one out"
+            )
+        if "compcor" in self.strategy and "high_pass" not in self.strategy:
+            raise ValueError(
+                "compcor needs the high-pass filter that its components were made with: add "
+                "high_pass to the strategy"
+            )
+        return self
+
+    @property
+    def in_time(self) -> bool:
+        """Whether anything is asked for that needs a voxel's whole time course."""
+        asked = (self.strategy, self.detrend, self.low_pass, self.high_pass, self.repetition_time)
+        return any(asked)
+
 
 class Volumes(Section):
-    """The grid that every run is resampled to, and how it is stored."""
+    """The grid that every run is resampled to, what is taken out, and how it is stored."""
+
+    denoise: Denoise = Denoise()
 
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96)
     voxel_size: PositiveFloat = 2.0
@@ -89,9 +228,43 @@ class Tokens(Section):
 
 
 class Rois(Section):
-    """ROI series without an atlas: cubes of this edge, in mm."""
+    """Regions where a dataset names no atlas, and how their connectivity is measured.
+
+    `cube` is the edge of the cubes in mm, `min_coverage` the share of a region's voxels that must
+    lie in a run's brain mask. The FC baseline takes the first kind of `connectivity`.
+    """
 
     cube: PositiveFloat = 24.0
+    min_coverage: Fraction = 0.0
+    connectivity: list[Literal["pearson", "partial"]] = Field(default=["pearson"], min_length=1)
+    fisher_z: bool = False
+
+    @model_validator(mode="after")
+    def _name_each_kind_once(self) -> Rois:
+        if len(set(self.connectivity)) < len(self.connectivity):
+            raise ValueError(f"connectivity {self.connectivity} names a kind twice")
+        return self
+
+
+class Qc(Section):
+    """Which runs are left out for their quality; without a value, a rule does not apply.
+
+    `max_mean_fd` and `fd_threshold` are in mm, `max_high_motion` is the share of volumes over
+    `fd_threshold`, `min_minutes` what remains without them, `min_coverage` the share of the
+    template's brain, `min_correlation` that of the mean volume with the template (0 to 1, see
+    `neuromamba.qc_template`). `outlier` is in robust SDs from the dataset's median: such runs are
+    flagged, and not left out. `pages` writes a page for each run.
+    """
+
+    max_mean_fd: PositiveFloat | None = None
+    fd_threshold: PositiveFloat = 0.5
+    max_high_motion: Fraction | None = None
+    min_minutes: PositiveFloat | None = None
+    min_coverage: Fraction | None = None
+    min_correlation: Fraction | None = None
+    min_tsnr: PositiveFloat | None = None
+    outlier: PositiveFloat = 3.5
+    pages: bool = True
 
 
 class Splits(Section):

@@ -6,7 +6,7 @@ Importing this module imports no numerical library, because the Snakefile reads 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -15,6 +15,8 @@ from neuromamba.config.data import (
     Folder,
     Fraction,
     Name,
+    Preprocess,
+    Qc,
     Rois,
     Section,
     Splits,
@@ -182,14 +184,30 @@ class Config(Section):
     models: dict[Name, Model] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
     mixtures: dict[Name, dict[str, PositiveFloat]] = Field(default={})
+    preprocess: Preprocess = Preprocess()
     volumes: Volumes = Volumes()
     tokens: Tokens = Tokens()
     rois: Rois = Rois()
+    qc: Qc = Qc()
     splits: Splits = Splits()
     evaluate: Evaluate = Evaluate()
     forecast: Forecast = Forecast()
     compute: Compute = Compute()
     scaling: Scaling = Scaling()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place_derivatives(cls, raw: Any) -> Any:
+        """What is made of a raw dataset goes to the results, if its YAML names no other place."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("datasets"), dict):
+            return raw
+        placed = {}
+        for name, dataset in raw["datasets"].items():
+            if isinstance(dataset, dict) and dataset.get("bids") and not dataset.get("derivatives"):
+                place = f"{raw.get('results', 'results')}/{name}/derivatives"
+                dataset = {**dataset, "derivatives": place}
+            placed[name] = dataset
+        return {**raw, "datasets": placed}
 
     def study(self) -> Config:
         """The config of the scaling study: its models and seeds in the place of the run's.

@@ -64,11 +64,15 @@ TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
 SCALING = sorted(CONFIG.scaling.models or CONFIG.models)
 # The rule that runs the jobs of each stage of `neuromamba.stages`.
 RULES = {
+    "preprocess": "preprocess_subject",
     "index": "index_dataset",
     "volumes": "volumes_batch",
     "tokens": "tokens_batch",
     "rois": "rois_batch",
+    "anat": "anat_batch",
+    "qc": "qc_batch",
     "excluded": "list_excluded",
+    "overview": "overview_dataset",
     "splits": "split_dataset",
     "pretrain": "pretrain_model",
     "finetune": "finetune_model",
@@ -111,6 +115,7 @@ wildcard_constraints:
     seed=r"\d+",
     target=r"[^/]+",
     batch=r"\d+",
+    subject=r"sub-[A-Za-z0-9]+",
 
 
 onstart:

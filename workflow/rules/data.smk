@@ -1,3 +1,27 @@
+# One job a subject: fMRIPrep takes hours. A subject that fails is recorded and does not fail its job;
+# `--forcerun` with its file tries it again.
+rule preprocess_subject:
+    """Bring the raw scans of one subject to MNI space, by the engine that the config names."""
+    input:
+        needs("preprocess"),
+    output:
+        f"{ROOT}/preprocess/{{subject}}.json",
+    log:
+        f"logs/{ROOT}/preprocess/{{subject}}.log",
+    benchmark:
+        f"logs/{ROOT}/preprocess/{{subject}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
+    threads: CONFIG.preprocess.threads
+    resources:
+        mem_mb=CONFIG.preprocess.memory_mb,
+        runtime=round(CONFIG.preprocess.time_limit) + 10,
+    params:
+        run=RUN,
+    shell:
+        "neuromamba preprocess {params.run} --subject {wildcards.subject} 2>&1 | tee {log}"
+
+
 rule index_dataset:
     """List the runs of a dataset's derivatives, with their masks and confounds."""
     input:
@@ -75,47 +99,19 @@ rule rois_batch:
         "neuromamba rois {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
 
 
-rule list_excluded:
-    """List the runs that were left out on the way, with the reasons."""
+rule anat_batch:
+    """Resample the T1-weighted images of one batch of subjects to the common grid."""
     input:
-        needs("excluded"),
+        needs("anat"),
     output:
-        report(
-            f"{ROOT}/excluded.tsv",
-            caption="../report/excluded.rst",
-            category="Data",
-            subcategory="{dataset}",
-        ),
+        f"{ROOT}/anat/batch-{{batch}}.tsv",
     log:
-        f"logs/{ROOT}/excluded.log",
+        f"logs/{ROOT}/anat/batch-{{batch}}.log",
     benchmark:
-        f"logs/{ROOT}/excluded.benchmark.tsv"
+        f"logs/{ROOT}/anat/batch-{{batch}}.benchmark.tsv"
     conda:
         "../../envs/neuromamba.yaml"
     params:
         run=RUN,
     shell:
-        "neuromamba excluded {params.run} 2>&1 | tee {log}"
-
-
-rule split_dataset:
-    """Assign subjects to training, validation and test."""
-    input:
-        needs("splits"),
-    output:
-        report(
-            f"{ROOT}/splits/holdout.tsv",
-            caption="../report/splits.rst",
-            category="Data",
-            subcategory="{dataset}",
-        ),
-    log:
-        f"logs/{ROOT}/splits.log",
-    benchmark:
-        f"logs/{ROOT}/splits.benchmark.tsv"
-    conda:
-        "../../envs/neuromamba.yaml"
-    params:
-        run=RUN,
-    shell:
-        "neuromamba splits {params.run} 2>&1 | tee {log}"
+        "neuromamba anat {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"

@@ -1,0 +1,135 @@
+"""How unlike its training subjects a scan is to a model: its embedding, and where its brain lies.
+
+Choices
+-------
+- Embeddings are compared by their Mahalanobis distance (Lee et al. 2018, arXiv 1807.03888) from all
+  training subjects, whatever their class, under the covariance of Ledoit and Wolf (2004), which can
+  be inverted however few subjects there are.
+- A distance means something only beside those of other people. Training subjects are nearer to
+  their own mean than new ones, so theirs are measured from a mean and covariance of the others
+  (cross-fitting). Where there are enough validation subjects, theirs serve instead, because what a
+  model says of people it was trained on is not what it says of new ones.
+- The place of the brain is compared by patches: a scan in another space, or of half a head, has
+  patches where training runs have none, and lacks others that nearly all of them have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import solve_triangular
+from sklearn.covariance import LedoitWolf
+
+from neuromamba.calibration import p_value
+
+Floats = npt.NDArray[np.float64]
+Held = npt.NDArray[np.bool_]
+
+MIN_TRAINING = 10
+"""Fewer training subjects say nothing of a covariance (our choice)."""
+FOLDS = 10
+"""Parts that training subjects are put in by turns, to be measured by the others."""
+OUTSIDE = 0.05
+"""Share of people like those of the training who are called outside of it (our choice)."""
+LEAST_REFERENCE = 19
+"""People that distances are compared with, at least: of fewer none can be in the last 5 %."""
+TINY = 1e-9
+"""Of the mean variance, which every direction has at least."""
+CORE, ABSENT = 0.9, 0.01
+"""Share of training runs that hold a patch nearly all have, and one that they have not."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Embeddings of people, summed up: mean (feature,), and covariance (feature, feature)."""
+
+    mean: Floats
+    covariance: Floats
+
+    @classmethod
+    def fit(cls, embeddings: Floats) -> Cloud:
+        """From (subject, feature)."""
+        found = LedoitWolf().fit(embeddings)
+        covariance = np.asarray(found.covariance_, dtype=np.float64)
+        # What is the same for everybody has to be invertible too.
+        floor = TINY * np.trace(covariance) / len(covariance) or 1.0
+        covariance = covariance + floor * np.eye(len(covariance))
+        return cls(np.asarray(found.location_, dtype=np.float64), covariance)
+
+    def distances(self, embeddings: Floats) -> Floats:
+        """Mahalanobis distances (subject,) of (subject, feature), in SD."""
+        lower = np.linalg.cholesky(self.covariance)
+        white = solve_triangular(lower, (embeddings - self.mean).T, lower=True)
+        return np.sqrt(np.sum(np.square(white), axis=0))
+
+
+def cross_fitted(embeddings: Floats) -> Floats:
+    """Distance (subject,) of each subject from the others of (subject, feature)."""
+    fold = np.arange(len(embeddings)) % FOLDS
+    found = np.empty(len(embeddings))
+    for part in np.unique(fold):
+        found[fold == part] = Cloud.fit(embeddings[fold != part]).distances(
+            embeddings[fold == part]
+        )
+    return found
+
+
+def choose_reference(
+    training: Sequence[float], validation: Sequence[float]
+) -> tuple[str, Sequence[float]]:
+    """Whose distances a new one is compared with: the name of a part, and the distances."""
+    if len(validation) >= LEAST_REFERENCE:
+        return "validation", validation
+    return "training", training
+
+
+def is_outside(reference: Sequence[float], distance: float) -> bool:
+    """Whether a distance is among the largest; never, where the reference is too small to tell."""
+    return p_value(reference, distance) <= OUTSIDE + 1e-12
+
+
+def percentile(reference: Sequence[float], distance: float) -> float:
+    """Share of the reference that is nearer, in percent."""
+    return 100 * float(np.mean(np.asarray(reference) < distance))
+
+
+# --- Where the brain lies -------------------------------------------------------------------------
+
+
+def held_patches(centers: npt.NDArray[np.float32], grid: tuple[int, ...]) -> Held:
+    """Which patches (x * y * z,) a run has, from their (patch, 3) centres in [0, 1]."""
+    number = np.minimum((centers * np.array(grid)).astype(int), np.array(grid) - 1)
+    held = np.zeros(int(np.prod(grid)), dtype=bool)
+    held[np.ravel_multi_index(number.T, grid)] = True
+    return held
+
+
+def place(held: Held, shares: Floats) -> dict[str, float]:
+    """How the brain of a run lies beside those of training runs.
+
+    Parameters
+    ----------
+    held
+        Its patches.
+    shares
+        Share of the training runs that has each patch.
+
+    Returns
+    -------
+    dict
+        `coverage`, the share that it has of the patches which nearly all have, and `stray`, the
+        share of its own which they have not.
+    """
+    core = shares >= CORE
+    coverage = float(held[core].mean()) if core.any() else 1.0
+    return {"coverage": coverage, "stray": float((shares[held] < ABSENT).mean())}
+
+
+def places(runs: npt.NDArray[np.bool_]) -> dict[str, list[float]]:
+    """`place` of each of (run, patch) beside the others."""
+    total, others = runs.sum(axis=0), len(runs) - 1
+    found = [place(held, (total - held) / others) for held in runs]
+    return {name: [one[name] for one in found] for name in ("coverage", "stray")}

@@ -1,0 +1,143 @@
+"""Predict the target of a fine-tuned model on new scans.
+
+Design choices
+--------------
+- A scan goes through the code of the `volumes` and `tokens` stages with the settings that the model
+  was trained under, in a temporary folder, one run after the other: memory and disk hold one run.
+- A scan that does not fit is refused with a reason in its row, and the others go on.
+- The predicted class is the one that the evaluation would name: the most probable before
+  calibration, where classes count the same. Calibrated probabilities follow how common classes
+  were among validation subjects; where they favour another class, a warning says so.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from neuromamba.batches import Windows, make_readers
+from neuromamba.calibration_file import Level
+from neuromamba.files import InputError
+from neuromamba.fitness import (
+    judge_length,
+    judge_place,
+    judge_repetition_time,
+    judge_subject,
+    refuse_short,
+)
+from neuromamba.layout import Layout
+from neuromamba.new_scans import Asked, NewScan, find_scans
+from neuromamba.observe import Observed, observe_run
+from neuromamba.predicted import Outcome, summarize, tabulate
+from neuromamba.predictor import Predictor, open_predictor
+from neuromamba.runtime import FULL
+from neuromamba.tables import write_table
+from neuromamba.tokens import make_tokens
+from neuromamba.volumes import Source, make_volumes
+
+CONFIDENCE = 0.9
+"""Of sets and intervals, where none is asked for."""
+
+
+def run_predict(
+    model: Path,
+    scans: Sequence[Path],
+    output: Path | None = None,
+    asked: Asked | None = None,
+    level: Level = "run",
+    confidence: float = CONFIDENCE,
+    any_repetition_time: bool = False,
+    device: str = "auto",
+) -> bool:
+    """Predict scans, print a summary, and write the table of `predicted` to `output`.
+
+    Parameters
+    ----------
+    model
+        Folder of a finished fine-tuning.
+    scans
+        NIfTI files, and folders of derivatives.
+    level
+        A row for each `run`, or for each `subject` by the mean over the windows of all its runs.
+    confidence
+        Of sets and intervals, above 0 and below 1.
+    any_repetition_time
+        Predict also where it is far from those of the training.
+
+    Returns
+    -------
+    bool
+        Whether every scan was predicted.
+
+    Raises
+    ------
+    InputError
+        When the model or an option does not serve.
+    """
+    if not 0 < confidence < 1:
+        raise InputError(f"--confidence {confidence:g}: must be above 0 and below 1, such as 0.9")
+    predictor = open_predictor(model, device)
+    found = find_scans(scans, predictor.space, asked or Asked())
+    bar = tqdm(found, desc=f"predict {predictor.target}", unit="run", mininterval=1.0)
+    outcomes = [predict_scan(predictor, scan, any_repetition_time) for scan in bar]
+    table = tabulate(predictor, outcomes, level, confidence)
+    if output is not None:
+        write_table(output, table)
+    print(summarize(predictor, table, level, confidence, output is not None))
+    if output is not None:
+        print(f"table: {output}")
+    return all(one.observed is not None for one in outcomes)
+
+
+def predict_scan(predictor: Predictor, scan: NewScan, any_repetition_time: bool) -> Outcome:
+    """See one run as the model sees it, or the reason why that cannot be."""
+    if scan.source is None:
+        return Outcome(scan, reason=scan.reason)
+    try:
+        refuse_short(predictor, scan.n_volumes, str(scan.source.bold))
+        warnings = judge_repetition_time(predictor, scan, any_repetition_time)
+        observed, n_volumes = see(predictor, scan.source)
+        warnings += judge_length(predictor, n_volumes)
+        warnings += judge_place(predictor, observed, scan.source.bold)
+    except InputError as error:
+        return Outcome(scan, reason=" ".join(str(error).split()))
+    return Outcome(scan, observed, warnings + judge_subject(predictor, scan))
+
+
+def see(predictor: Predictor, source: Source) -> tuple[Observed, int]:
+    """Prepare one run in a temporary folder, and see its evenly spaced windows.
+
+    The number is that of the volumes that are left after denoising, in whole time patches.
+
+    Raises
+    ------
+    InputError
+        When the run cannot be used, or what the model gives of it is not finite.
+    """
+    tokens, volumes = predictor.tokens, predictor.volumes
+    with tempfile.TemporaryDirectory(prefix="neuromamba-predict-") as folder:
+        layout = Layout(Path(folder), "scan")
+        stores = [layout.array(stage, source.run) for stage in ("volumes", "tokens")]
+        try:
+            make_volumes(source, stores[0], volumes, tokens.time_patch)
+            facts = make_tokens(stores[0], stores[1], tokens, volumes.shard_volumes)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise InputError(
+                f"{folder}: the disk is full; free some space, or set TMPDIR to another folder"
+            ) from error
+        n_volumes = facts["n_time_patches"] * tokens.time_patch
+        refuse_short(predictor, n_volumes, f"{source.bold}, after denoising,")
+        readers = make_readers(predictor.network, layout, predictor.model, tokens)
+        windows = Windows({source.subject: [source.run]}, readers)
+        of_run = windows.spaced(predictor.finetune.evaluation_windows)
+        size = predictor.finetune.batch_size
+        observed = observe_run(predictor.network, windows, of_run, size, predictor.grid)
+    if not torch.isfinite(observed.values).all():
+        raise InputError(f"{source.bold}: the model gives no finite prediction of it")
+    return observed, n_volumes

@@ -1,0 +1,171 @@
+"""A fine-tuned model as it lies on disk, with all it takes to predict a run of somebody new.
+
+Nothing but its folder is needed, so that it can be copied to where the scans are. One that was
+trained before there were calibrations also needs the `config.yaml` of its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from neuromamba.calibration_file import Arrays, Calibration, load_calibration
+from neuromamba.checkpoint import load_model_info, load_weights
+from neuromamba.config import Compute, Config, Finetune, Model, Tokens, Volumes, load_config
+from neuromamba.files import InputError
+from neuromamba.heads import ClassHead, HeadedModel, NumberHead
+from neuromamba.models import build_model
+from neuromamba.novelty import Cloud
+from neuromamba.observe import Grid, patch_grid
+from neuromamba.record import seen_subjects
+from neuromamba.runtime import choose_device
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A fine-tuned model.
+
+    Attributes
+    ----------
+    network
+        With its head, in evaluation mode, on its device.
+    model, finetune, tokens, volumes
+        How it was made, and how scans have to be prepared for it.
+    dataset, target, classes, space
+        What it was trained on; no classes for a number.
+    seen
+        Names of the subjects that it, or what it started from, was trained or chosen on.
+    calibration, arrays
+        What it knows of itself; `None` and empty for an older model.
+    """
+
+    network: HeadedModel
+    model: Model
+    finetune: Finetune
+    tokens: Tokens
+    volumes: Volumes
+    dataset: str
+    target: str
+    classes: list[str]
+    space: str
+    seen: frozenset[str]
+    calibration: Calibration | None
+    arrays: Arrays
+
+    @property
+    def grid(self) -> Grid:
+        """Patches along x, y, z."""
+        return patch_grid(self.volumes, self.tokens.patch)
+
+    def cloud(self, level: str) -> Cloud | None:
+        """The training subjects' features by `run` or `subject`, where they were enough."""
+        if f"{level}.mean" not in self.arrays:
+            return None
+        return Cloud(self.arrays[f"{level}.mean"], self.arrays[f"{level}.covariance"])
+
+    @property
+    def patch_shares(self) -> np.ndarray | None:
+        """(patch,) share of the training runs that has each patch."""
+        shares = self.arrays.get("patches")
+        return None if shares is None else shares.astype(np.float64).ravel()
+
+    @property
+    def training_scale(self) -> tuple[float, float] | None:
+        """Mean and SD of a number over training subjects; `None` for classes."""
+        task = self.network.task
+        return (task.mean.item(), task.sd.item()) if isinstance(task, NumberHead) else None
+
+
+def open_predictor(folder: Path, device: str = "auto") -> Predictor:
+    """Load the finished fine-tuning in a folder, `results/.../finetune/{target}` or a copy of it.
+
+    Raises
+    ------
+    InputError
+        When it holds no fine-tuned model, or one that is not whole or of another version.
+    """
+    info = _read(folder)
+    settings = info["settings"]
+    try:
+        model: Model = TypeAdapter(Model).validate_python(settings["model"])
+        finetune = Finetune.model_validate(settings["finetune"])
+        tokens = Tokens.model_validate(settings["tokens"])
+    except (KeyError, ValidationError) as error:
+        raise InputError(
+            f"{folder / 'model.json'}: its settings are not of this version "
+            f"({' '.join(str(error).split())}); train the model again"
+        ) from None
+    classes = [name for name, _ in settings["target"].get("classes", [])]
+    found = load_calibration(folder, info)
+    calibration, arrays = (None, {}) if found is None else found
+    if calibration is None:
+        config = _config_beside(folder, info, tokens)
+        volumes, space = config.volumes, config.datasets[info["dataset"]].space
+    else:
+        volumes, space = calibration.volumes, calibration.space
+    return Predictor(
+        network=_load(folder, model, tokens, classes, device),
+        model=model,
+        finetune=finetune,
+        tokens=tokens,
+        volumes=volumes,
+        dataset=info["dataset"],
+        target=info["target"],
+        classes=classes,
+        space=space,
+        seen=frozenset(seen_subjects(info, info["dataset"])),
+        calibration=calibration,
+        arrays=arrays,
+    )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder; give that of a fine-tuned model: "
+            "results/DATASET/MODEL/seed-0/finetune/TARGET"
+        )
+    if (folder / "config.json").exists() and not (folder / "model.json").exists():
+        raise InputError(
+            f"{folder} was written by `neuromamba export`: such a model has no head for a target; "
+            "fine-tune it, and give the folder finetune/TARGET"
+        )
+    info = load_model_info(folder)
+    if info.get("stage") != "finetune":
+        raise InputError(
+            f"{folder / 'model.json'} is of the stage {info.get('stage')!r}: it has no head for a "
+            "target; give a folder finetune/TARGET"
+        )
+    return info
+
+
+def _load(
+    folder: Path, model: Model, tokens: Tokens, classes: list[str], device: str
+) -> HeadedModel:
+    # What the heads were scaled by comes with the weights.
+    task = ClassHead([1.0] * len(classes)) if classes else NumberHead(0.0, 1.0)
+    compute = Compute.model_validate({"device": device})
+    # The weights drawn here are replaced: nobody else's random numbers are to change for them.
+    with torch.random.fork_rng(devices=[]):
+        backbone = build_model(model, tokens.patch**3 * tokens.time_patch, compute)
+        network = HeadedModel(backbone, task, 0.0, frozen=True)
+    load_weights(network, folder)
+    return network.to(choose_device(device)).eval()
+
+
+def _config_beside(folder: Path, info: Mapping[str, Any], tokens: Tokens) -> Config:
+    """The config of the results that an older model lies in, which alone tells of its volumes."""
+    path = folder.resolve().parents[3] / "config.yaml"
+    why = f"{folder} was trained before models recorded how their volumes were made"
+    if not path.exists():
+        raise InputError(f"{why}, and {path} is not there to tell; train it again")
+    config = load_config([path])
+    if info["dataset"] not in config.datasets or config.tokens != tokens:
+        raise InputError(f"{why}, and {path} is of another run; train it again")
+    return config
