@@ -156,7 +156,9 @@ def test_dvc_watches_the_code_and_nothing_else_of_each_stage(root: Path):
     earlier: set[str] = set()
     for stage in STAGES:
         if stage in listed:
-            parts = {"evaluate": ["evaluate", "scores"]}.get(stage, [stage])
+            parts = {"index": ["preprocess", "index"], "evaluate": ["evaluate", "scores"]}.get(
+                stage, [stage]
+            )
             model = name if stage in ("pretrain", "finetune", "evaluate") else ""
             jobs = [Job(part, "demo", model=model) for part in parts]
             code = {

@@ -232,7 +232,7 @@ def test_jobs_run_in_a_conda_environment_that_is_made_once(folder: Path, root: P
     assert created.startswith("env create ")
     asked = (folder / "conda" / "asked.yaml").read_text()
     assert asked == (root / "envs" / "neuromamba.yaml").read_text()
-    options = "--constraint envs/constraints.txt --editable ."
+    options = "--constraint envs/constraints.txt --editable .[ants]"
     assert installed == f"python -m pip install {options} in {root}"
     environment = created.split()[-1]
     assert ran
