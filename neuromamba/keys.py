@@ -12,34 +12,20 @@ or it is removed, so that subjects added later are processed but change no train
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 import neuromamba
-from neuromamba.anat_scan import find_anatomicals
-from neuromamba.atlases import atlas_digest, is_named
 from neuromamba.config import Config
-from neuromamba.files import InputError, digest_file, digest_json, read_json, write_json
+from neuromamba.files import InputError, digest_json, read_json, write_json
+from neuromamba.key_inputs import Inputs
 from neuromamba.layout import Layout
-from neuromamba.listing import LISTING_COLUMNS, list_runs_of
-from neuromamba.participants import read_participants
-from neuromamba.qc_rules import left_out
-from neuromamba.raw_bids import fingerprint_subject
-from neuromamba.raw_listing import failed_runs, raw_subjects
+from neuromamba.raw_listing import got_less
 from neuromamba.records import Record, explain, read_record, write_record
 from neuromamba.source_code import code_of
-from neuromamba.splits import read_split
-from neuromamba.stage import batch_of
 from neuromamba.stages import (
     BY_BATCH,
     Job,
     jobs_before,
-    model_of,
     modules_of,
     output_of,
     settings_of,
@@ -48,15 +34,13 @@ from neuromamba.tables import read_table
 
 NOT_MADE = "not made yet"
 FOLLOWS = "what comes before it has to run"
-UNKNOWN = "to be preprocessed"
-"""Stands for the fingerprint of runs that are still to be made of raw scans."""
 DECIDING = ("splits", "qc")
 """Stages whose outcome, which no recipe holds, decides what the jobs after them work on."""
 LISTING = ("excluded", "overview")
 """Stages that only list what others found."""
 
 
-class Keys:
+class Keys(Inputs):
     """The keys that results would have under a config, and which results have them.
 
     Listings and labels are read once, when they are first asked for.
@@ -65,15 +49,11 @@ class Keys:
     """
 
     def __init__(self, config: Config):
-        self.config = config
+        super().__init__(config)
         self._recipes: dict[tuple[Job, bool], str] = {}
         self._keys: dict[tuple[Job, bool], str | None] = {}
         self._stale: dict[Job, bool] = {}
         self._below_stale: dict[Job, bool] = {}
-        self._listings: dict[str, pd.DataFrame] = {}
-        self._trained_on: dict[str, list[str]] = {}
-        self._labels: dict[str, pd.DataFrame] = {}
-        self._outside: dict[Job, dict[str, str]] = {}
 
     def record(self, job: Job) -> Record:
         """What the record of a job's result would hold."""
@@ -129,8 +109,12 @@ class Keys:
             # Nor is which runs are good enough, while their quality has not been measured.
             before = [] if job.stage in LISTING else jobs_before(self.config, job)
             again = any(self.is_stale(one) for one in before if one.stage in DECIDING)
+            again = again or self._got_less(job)
             self._stale[job] = again or key is None or key != self.key(job)
         return self._stale[job]
+
+    def _got_less(self, job: Job) -> bool:
+        return job.stage == "preprocess" and got_less(self.config, job.dataset, job.subject)
 
     def is_below_stale(self, job: Job) -> bool:
         """Whether any job before this one, at whatever distance, has to run."""
@@ -159,6 +143,8 @@ class Keys:
         changes = explain(old, self.record(job)) if old else [NOT_MADE]
         if changes:
             return "; ".join(changes)
+        if self._got_less(job):
+            return "it failed, and other limits of memory or time are set now"
         if self.is_below_stale(job):
             return FOLLOWS
         return "what it works on has changed: runs, labels, atlas, batches or weights to start from"
@@ -175,41 +161,6 @@ class Keys:
             return []
         return sorted(set(runs.loc[~runs["run"].isin(left_out), "subject"]) - set(known))
 
-    # --- Data -----------------------------------------------------------------------------------
-
-    def _data(self, job: Job) -> Any:
-        """What a job works on beside the results of those before it, JSON-able."""
-        match job.stage:
-            case "preprocess":
-                return self._raw_digest(job)
-            case "index":
-                keys = {"derivatives", "entities", "files", "exclude", "resolution"}
-                where = self.config.datasets[job.dataset].model_dump(mode="json", include=keys)
-                return [where, self.config.compute.batches, self._rows(job.dataset)]
-            case "volumes" | "tokens" | "qc":
-                return self._rows(job.dataset, job.batch)
-            case "anat":
-                return [self._rows(job.dataset, job.batch), self._anatomicals(job)]
-            case "rois":
-                return [self._rows(job.dataset, job.batch), self._atlas(job)]
-            case "splits":
-                return self._frozen(job.dataset)
-            case "excluded":
-                return self._rows(job.dataset)
-            case "overview":
-                return [self._rows(job.dataset), self._left_out(job.dataset)]
-            case "scaling" | "scores" | "report":
-                return []
-        data: list[Any] = []
-        for name in self.config.members(job.dataset):
-            data += self._subjects_and_runs(name)
-            if job.stage not in ("pretrain", "forecast"):
-                data.append(self._labels_digest(job, name))
-        if job.stage in ("pretrain", "cell"):
-            start = model_of(self.config, job).pretrain.init_from
-            data.append(self._digest(job, "init_from", start and f"{start}/model.json"))
-        return data
-
     def _chained(self, job: Job, code: bool) -> list[str]:
         """What the key depends on of the data of the jobs before, as recipes hold none.
 
@@ -224,138 +175,3 @@ class Keys:
                 atlases = {str(self._atlas_before(one)) for one in before if one.stage == "rois"}
                 return [self._key_before(one, code) for one in trained] + sorted(atlases)
         return []
-
-    def _left_out(self, dataset: str) -> list[str]:
-        """The runs that the rules of quality leave out, by what has been measured."""
-        return sorted(left_out(self.config, dataset))
-
-    def _raw_digest(self, job: Job) -> str | None:
-        """Digest of a subject's raw files."""
-        root = self.config.datasets[job.dataset].bids
-        subject = raw_subjects(self.config, job.dataset).get(job.subject)
-        file = None if root is None else f"{root}/{job.subject}"
-        assert root is not None
-        return self._digest(
-            job, "raw", file, lambda: fingerprint_subject(Path(root), subject) if subject else ""
-        )
-
-    def _anatomicals(self, job: Job) -> list[list[str]]:
-        """Fingerprints of the T1w images of a batch's subjects."""
-        batches = self.config.compute.batches
-        found = find_anatomicals(self.config.datasets[job.dataset])
-        mine = [one for one in found if batch_of(one.subject, batches) == job.batch]
-        return [[one.subject, one.fingerprint] for one in mine]
-
-    def _atlas(self, job: Job) -> str | None:
-        atlas = self.config.datasets[job.dataset].atlas
-        if atlas is not None and is_named(atlas):
-            return self._outside.setdefault(job, {}).setdefault("atlas", atlas_digest(atlas))
-        return self._digest(job, "atlas", atlas, lambda: atlas_digest(str(atlas)))
-
-    def _atlas_before(self, job: Job) -> str | None:
-        return self._atlas(job)
-
-    def _digest(
-        self, job: Job, name: str, file: str | None, digest: Callable[[], str] | None = None
-    ) -> str | None:
-        """Digest of a file outside the results; the recorded one where it is not at hand."""
-        if file is None:
-            return None
-        if Path(file).exists():
-            value = digest() if digest else digest_file(file)
-        else:
-            value = read_record(self.config, job).get("outside", {}).get(name)
-        self._outside.setdefault(job, {})[name] = value
-        return value
-
-    def _subjects_and_runs(self, dataset: str) -> list[str]:
-        """Digests of a dataset's split, and of the runs of its subjects."""
-        if dataset not in self._trained_on:
-            runs = self._listing(dataset)
-            of_split = runs["subject"].isin(set(self._subjects(dataset)))
-            good = ~runs["run"].isin(self._left_out(dataset))
-            rows = runs.loc[of_split & good, ["run", "fingerprint"]].to_numpy().tolist()
-            self._trained_on[dataset] = [self._split(dataset), digest_json(rows)]
-        return self._trained_on[dataset]
-
-    def _labels_digest(self, job: Job, dataset: str) -> str | None:
-        """Digest of the labels of the split's subjects: of one target, or all and the site."""
-
-        def digest() -> str:
-            people = self._people(dataset).reindex(self._subjects(dataset))
-            columns = [job.target] if job.target else list(people)
-            return digest_json(people[columns].astype(str).to_numpy().tolist())
-
-        participants = self.config.datasets[dataset].participants
-        file = participants.file if participants else None
-        return self._digest(job, f"labels of {dataset}", file, digest)
-
-    def _subjects(self, dataset: str) -> list[str]:
-        split = read_split(Layout.of(self.config, dataset).split)
-        return sorted(name for part in split.values() for name in part)
-
-    def _split(self, dataset: str) -> str:
-        return digest_file(Layout.of(self.config, dataset).split)
-
-    def _frozen(self, dataset: str) -> bool:
-        """Whether all subjects of the split, if there is one, still have runs."""
-        if not Layout.of(self.config, dataset).split.exists():
-            return True
-        return set(self._subjects(dataset)) <= set(self._listing(dataset)["subject"])
-
-    def _rows(self, dataset: str, batch: int | None = None) -> list[list[str]]:
-        rows = self._listing(dataset)
-        if batch is not None:
-            rows = rows[rows["batch"] == batch]
-        return rows[["run", "fingerprint"]].to_numpy().tolist()
-
-    def _listing(self, dataset: str) -> pd.DataFrame:
-        if dataset not in self._listings:
-            table = self._list_runs(dataset)
-            batches = self.config.compute.batches
-            numbers = {name: batch_of(name, batches) for name in table["subject"].unique()}
-            self._listings[dataset] = table.assign(batch=table["subject"].map(numbers))
-        return self._listings[dataset]
-
-    def _list_runs(self, dataset: str) -> pd.DataFrame:
-        """The runs as they are now, or as the index has them where the scans are elsewhere."""
-        settings = self.config.datasets[dataset]
-        index = Layout.of(self.config, dataset).index
-        folder = Path(settings.bids or settings.derivatives)
-        if index.exists() and not (folder.is_dir() and any(folder.iterdir())):
-            return read_listing(index)
-        waiting = self._waiting(dataset)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # the stage itself warns
-                made = list_runs_of(settings)
-        except InputError:
-            if not settings.bids:
-                raise
-            made = pd.DataFrame(columns=LISTING_COLUMNS, dtype="string")
-        if not settings.bids:
-            return made
-        failed = failed_runs(self.config, dataset)[LISTING_COLUMNS]
-        known = pd.concat([made, failed], ignore_index=True)
-        known = known[~known["subject"].isin(waiting)]
-        rows = [(name, name, UNKNOWN) for name in waiting]
-        to_come = pd.DataFrame(rows, columns=LISTING_COLUMNS, dtype="string")
-        return pd.concat([known, to_come], ignore_index=True).sort_values("run", kind="stable")
-
-    def _waiting(self, dataset: str) -> list[str]:
-        """The subjects whose raw scans are to be preprocessed."""
-        jobs = jobs_before(self.config, Job("index", dataset))
-        return [job.subject for job in jobs if self.is_stale(job)]
-
-    def _people(self, dataset: str) -> pd.DataFrame:
-        if dataset not in self._labels:
-            with warnings.catch_warnings(action="ignore"):
-                self._labels[dataset] = read_participants(self.config.datasets[dataset])
-        return self._labels[dataset]
-
-
-def read_listing(index: Path) -> pd.DataFrame:
-    """The listing that an `index.tsv` holds; `InputError` when it is of an older version."""
-    table = read_table(index, dtype="string")
-    if missing := set(LISTING_COLUMNS) - set(table):
-        raise InputError(f"{index} has no column {', '.join(missing)}; make the index again")
-    return table[LISTING_COLUMNS]

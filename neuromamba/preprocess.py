@@ -29,7 +29,7 @@ from neuromamba.fmriprep_reasons import DISK_FULL
 from neuromamba.layout import Layout
 from neuromamba.publish import HIDDEN, publish, read_record, recover, verify_subject, withdraw
 from neuromamba.raw_bids import RawSubject, fingerprint_subject
-from neuromamba.raw_listing import generated_by, raw_subjects
+from neuromamba.raw_listing import generated_by, limits_of, raw_subjects
 from neuromamba.source_code import code_of
 
 Engine = Callable[[Path, RawSubject, Path, Path, str, Preprocess], dict[str, str]]
@@ -241,6 +241,7 @@ def _status(task: _Task, outcome: _Outcome) -> dict[str, Any]:
         "runs": outcome.runs,
         "left_out": outcome.left_out,
         "reason": outcome.reason,
+        "limits": limits_of(task.config),
         "fingerprint": task.fingerprint,
         "key": task.key,
     }

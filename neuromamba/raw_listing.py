@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from neuromamba.config import Config, Dataset
+from neuromamba.config import Config, Dataset, Preprocess
 from neuromamba.files import InputError, digest_json, read_json
 from neuromamba.layout import Layout
 from neuromamba.raw_bids import RawSubject, find_raw_subjects
@@ -53,6 +53,19 @@ def read_statuses(config: Config, dataset: str) -> list[dict]:
     layout = Layout.of(config, dataset)
     paths = [layout.preprocess(name) for name in raw_subjects(config, dataset)]
     return [read_json(path) for path in paths if path.exists()]
+
+
+def limits_of(settings: Preprocess) -> dict[str, float]:
+    """What a subject may fail for want of, as its status keeps it."""
+    return {"memory_mb": settings.memory_mb, "time_limit": settings.time_limit}
+
+
+def got_less(config: Config, dataset: str, subject: str) -> bool:
+    """Whether a subject could not be preprocessed under other limits than it would have now."""
+    path = Layout.of(config, dataset).preprocess(subject)
+    status = read_json(path) if path.exists() else {}
+    limits = limits_of(config.preprocess)
+    return bool(status.get("left_out")) and status.get("limits", limits) != limits
 
 
 def failed_runs(config: Config, dataset: str) -> pd.DataFrame:

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from neuromamba.config import Config
-from neuromamba.keys import Keys, read_listing
+from neuromamba.key_inputs import read_listing
+from neuromamba.keys import Keys
 from neuromamba.layout import Layout
 from neuromamba.records import read_record, remove_record, write_record
 from neuromamba.stages import Job

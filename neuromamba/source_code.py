@@ -24,6 +24,7 @@ NEUTRAL = frozenset(
         "contents",
         "distributed",
         "files",
+        "key_inputs",
         "keys",
         "launch",
         "layout",

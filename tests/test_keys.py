@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from neuromamba import keys, source_code
+from neuromamba import key_inputs, keys, source_code
 from neuromamba.config import Config, build_config
 from neuromamba.files import write_text
 from neuromamba.keys import FOLLOWS, NOT_MADE, Keys
@@ -32,7 +32,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     names = [f"sub-{k:02d}" for k in range(12)]
     runs = [f"{name}_task-rest" for name in names]
     table = pd.DataFrame({"run": runs, "subject": names, "fingerprint": "f"}, dtype="string")
-    monkeypatch.setattr(keys, "list_runs_of", lambda dataset: table.copy())
+    monkeypatch.setattr(key_inputs, "list_runs_of", lambda dataset: table.copy())
     return table
 
 
@@ -84,7 +84,7 @@ def make(config: Config, job: Job) -> None:
             table = pd.DataFrame({"subject": subjects, "part": parts})
             write_table(output_of(config, job), table)
         elif job.stage == "index":
-            write_table(output_of(config, job), keys.list_runs_of(config.datasets["d"]))
+            write_table(output_of(config, job), key_inputs.list_runs_of(config.datasets["d"]))
         else:
             write_text(output_of(config, job), "made")
 

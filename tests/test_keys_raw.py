@@ -17,6 +17,7 @@ from neuromamba.config import Config
 from neuromamba.files import write_json, write_text
 from neuromamba.keys import Keys
 from neuromamba.layout import Layout
+from neuromamba.raw_listing import limits_of
 from neuromamba.recording import recorded
 from neuromamba.stages import Job, all_jobs, output_of
 from neuromamba.tables import read_table, write_table
@@ -68,6 +69,7 @@ def preprocess(config: Config, subject: str) -> None:
         "runs": [] if bad else [run],
         "left_out": {run: "the scanner fell over"} if bad else {},
         "reason": None,
+        "limits": limits_of(config.preprocess),
     }
     write_json(Layout.of(config, "d").preprocess(subject), status)
 
@@ -162,6 +164,14 @@ def test_a_subject_that_cannot_be_preprocessed_is_in_the_index_with_the_reason(
     assert index.loc["sub-05_task-rest", "reason"] == "preprocessing: the scanner fell over"
     assert index["reason"].notna().sum() == 1
     assert stale(config) == set()
+    # With more memory, it alone is tried again.
+    more = config_of(settings, "preprocess.memory_mb=64000")
+    found = stale_jobs(more)
+    assert [job.subject for job in found if job.stage == "preprocess"] == ["sub-05"]
+    assert "limits" in Keys(more).why(Job("preprocess", "d", subject="sub-05"))
+    for job in found:
+        make(more, job)
+    assert stale(more) == set()
 
 
 def test_derivatives_that_are_gone_or_of_other_settings_are_made_again(config: Config):

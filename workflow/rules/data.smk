@@ -1,5 +1,5 @@
 # One job a subject: fMRIPrep takes hours. A subject that fails is recorded and does not fail its job;
-# `--forcerun` with its file tries it again.
+# other limits of memory or time, or `--forcerun` with its file, try it again.
 rule preprocess_subject:
     """Bring the raw scans of one subject to MNI space, by the engine that the config names."""
     input:

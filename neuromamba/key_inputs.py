@@ -1,0 +1,212 @@
+"""What the jobs of a config work on beside the results of the jobs before them, as digests."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from neuromamba.anat_scan import find_anatomicals
+from neuromamba.atlases import atlas_digest, is_named
+from neuromamba.config import Config
+from neuromamba.files import InputError, digest_file, digest_json
+from neuromamba.layout import Layout
+from neuromamba.listing import LISTING_COLUMNS, list_runs_of
+from neuromamba.participants import read_participants
+from neuromamba.qc_rules import left_out
+from neuromamba.raw_bids import fingerprint_subject
+from neuromamba.raw_listing import failed_runs, raw_subjects
+from neuromamba.records import read_record
+from neuromamba.splits import read_split
+from neuromamba.stage import batch_of
+from neuromamba.stages import Job, jobs_before, model_of
+from neuromamba.tables import read_table
+
+UNKNOWN = "to be preprocessed"
+"""Stands for the fingerprint of runs that are still to be made of raw scans."""
+
+
+class Inputs:
+    """Scans, labels, atlases, splits and weights, each read once, when it is first asked for."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._listings: dict[str, pd.DataFrame] = {}
+        self._trained_on: dict[str, list[str]] = {}
+        self._labels: dict[str, pd.DataFrame] = {}
+        self._outside: dict[Job, dict[str, str]] = {}
+
+    def is_stale(self, job: Job) -> bool:
+        """Whether a job has to run; of the preprocessing, on which the list of runs depends."""
+        raise NotImplementedError
+
+    def _data(self, job: Job) -> Any:
+        """What a job works on beside the results of those before it, JSON-able."""
+        match job.stage:
+            case "preprocess":
+                return self._raw_digest(job)
+            case "index":
+                keys = {"derivatives", "entities", "files", "exclude", "resolution"}
+                where = self.config.datasets[job.dataset].model_dump(mode="json", include=keys)
+                return [where, self.config.compute.batches, self._rows(job.dataset)]
+            case "volumes" | "tokens" | "qc":
+                return self._rows(job.dataset, job.batch)
+            case "anat":
+                return [self._rows(job.dataset, job.batch), self._anatomicals(job)]
+            case "rois":
+                return [self._rows(job.dataset, job.batch), self._atlas(job)]
+            case "splits":
+                return self._frozen(job.dataset)
+            case "excluded":
+                return self._rows(job.dataset)
+            case "overview":
+                return [self._rows(job.dataset), self._left_out(job.dataset)]
+            case "scaling" | "scores" | "report":
+                return []
+        data: list[Any] = []
+        for name in self.config.members(job.dataset):
+            data += self._subjects_and_runs(name)
+            if job.stage not in ("pretrain", "forecast"):
+                data.append(self._labels_digest(job, name))
+        if job.stage in ("pretrain", "cell"):
+            start = model_of(self.config, job).pretrain.init_from
+            data.append(self._digest(job, "init_from", start and f"{start}/model.json"))
+        return data
+
+    def _left_out(self, dataset: str) -> list[str]:
+        """The runs that the rules of quality leave out, by what has been measured."""
+        return sorted(left_out(self.config, dataset))
+
+    def _raw_digest(self, job: Job) -> str | None:
+        """Digest of a subject's raw files."""
+        root = self.config.datasets[job.dataset].bids
+        subject = raw_subjects(self.config, job.dataset).get(job.subject)
+        file = None if root is None else f"{root}/{job.subject}"
+        assert root is not None
+        return self._digest(
+            job, "raw", file, lambda: fingerprint_subject(Path(root), subject) if subject else ""
+        )
+
+    def _anatomicals(self, job: Job) -> list[list[str]]:
+        """Fingerprints of the T1w images of a batch's subjects."""
+        batches = self.config.compute.batches
+        found = find_anatomicals(self.config.datasets[job.dataset])
+        mine = [one for one in found if batch_of(one.subject, batches) == job.batch]
+        return [[one.subject, one.fingerprint] for one in mine]
+
+    def _atlas(self, job: Job) -> str | None:
+        atlas = self.config.datasets[job.dataset].atlas
+        if atlas is not None and is_named(atlas):
+            return self._outside.setdefault(job, {}).setdefault("atlas", atlas_digest(atlas))
+        return self._digest(job, "atlas", atlas, lambda: atlas_digest(str(atlas)))
+
+    def _atlas_before(self, job: Job) -> str | None:
+        return self._atlas(job)
+
+    def _digest(
+        self, job: Job, name: str, file: str | None, digest: Callable[[], str] | None = None
+    ) -> str | None:
+        """Digest of a file outside the results; the recorded one where it is not at hand."""
+        if file is None:
+            return None
+        if Path(file).exists():
+            value = digest() if digest else digest_file(file)
+        else:
+            value = read_record(self.config, job).get("outside", {}).get(name)
+        self._outside.setdefault(job, {})[name] = value
+        return value
+
+    def _subjects_and_runs(self, dataset: str) -> list[str]:
+        """Digests of a dataset's split, and of the runs of its subjects."""
+        if dataset not in self._trained_on:
+            runs = self._listing(dataset)
+            of_split = runs["subject"].isin(set(self._subjects(dataset)))
+            good = ~runs["run"].isin(self._left_out(dataset))
+            rows = runs.loc[of_split & good, ["run", "fingerprint"]].to_numpy().tolist()
+            self._trained_on[dataset] = [self._split(dataset), digest_json(rows)]
+        return self._trained_on[dataset]
+
+    def _labels_digest(self, job: Job, dataset: str) -> str | None:
+        """Digest of the labels of the split's subjects: of one target, or all and the site."""
+
+        def digest() -> str:
+            people = self._people(dataset).reindex(self._subjects(dataset))
+            columns = [job.target] if job.target else list(people)
+            return digest_json(people[columns].astype(str).to_numpy().tolist())
+
+        participants = self.config.datasets[dataset].participants
+        file = participants.file if participants else None
+        return self._digest(job, f"labels of {dataset}", file, digest)
+
+    def _subjects(self, dataset: str) -> list[str]:
+        split = read_split(Layout.of(self.config, dataset).split)
+        return sorted(name for part in split.values() for name in part)
+
+    def _split(self, dataset: str) -> str:
+        return digest_file(Layout.of(self.config, dataset).split)
+
+    def _frozen(self, dataset: str) -> bool:
+        """Whether all subjects of the split, if there is one, still have runs."""
+        if not Layout.of(self.config, dataset).split.exists():
+            return True
+        return set(self._subjects(dataset)) <= set(self._listing(dataset)["subject"])
+
+    def _rows(self, dataset: str, batch: int | None = None) -> list[list[str]]:
+        rows = self._listing(dataset)
+        if batch is not None:
+            rows = rows[rows["batch"] == batch]
+        return rows[["run", "fingerprint"]].to_numpy().tolist()
+
+    def _listing(self, dataset: str) -> pd.DataFrame:
+        if dataset not in self._listings:
+            table = self._list_runs(dataset)
+            batches = self.config.compute.batches
+            numbers = {name: batch_of(name, batches) for name in table["subject"].unique()}
+            self._listings[dataset] = table.assign(batch=table["subject"].map(numbers))
+        return self._listings[dataset]
+
+    def _list_runs(self, dataset: str) -> pd.DataFrame:
+        """The runs as they are now, or as the index has them where the scans are elsewhere."""
+        settings = self.config.datasets[dataset]
+        index = Layout.of(self.config, dataset).index
+        folder = Path(settings.bids or settings.derivatives)
+        if index.exists() and not (folder.is_dir() and any(folder.iterdir())):
+            return read_listing(index)
+        waiting = self._waiting(dataset)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the stage itself warns
+                made = list_runs_of(settings)
+        except InputError:
+            if not settings.bids:
+                raise
+            made = pd.DataFrame(columns=LISTING_COLUMNS, dtype="string")
+        if not settings.bids:
+            return made
+        failed = failed_runs(self.config, dataset)[LISTING_COLUMNS]
+        known = pd.concat([made, failed], ignore_index=True)
+        known = known[~known["subject"].isin(waiting)]
+        rows = [(name, name, UNKNOWN) for name in waiting]
+        to_come = pd.DataFrame(rows, columns=LISTING_COLUMNS, dtype="string")
+        return pd.concat([known, to_come], ignore_index=True).sort_values("run", kind="stable")
+
+    def _waiting(self, dataset: str) -> list[str]:
+        """The subjects whose raw scans are to be preprocessed."""
+        jobs = jobs_before(self.config, Job("index", dataset))
+        return [job.subject for job in jobs if self.is_stale(job)]
+
+    def _people(self, dataset: str) -> pd.DataFrame:
+        if dataset not in self._labels:
+            with warnings.catch_warnings(action="ignore"):
+                self._labels[dataset] = read_participants(self.config.datasets[dataset])
+        return self._labels[dataset]
+
+
+def read_listing(index: Path) -> pd.DataFrame:
+    """The listing that an `index.tsv` holds; `InputError` when it is of an older version."""
+    table = read_table(index, dtype="string")
+    if missing := set(LISTING_COLUMNS) - set(table):
+        raise InputError(f"{index} has no column {', '.join(missing)}; make the index again")
+    return table[LISTING_COLUMNS]
