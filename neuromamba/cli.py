@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_embed(_add(stages, "embed", "write embeddings of runs", trained))
     export = _add(stages, "export", "write a pretrained model to be shared", trained)
     export.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
+    text = "map where in the brain what a fine-tuned model says comes from, with checks of the map"
+    _add_explain(_add(stages, "explain", text, trained))
     _add_predict(stages)
     _add(stages, "report", "write the report over all results", [])
     _add(stages, "summary", "print the main figures of all results", [])
@@ -143,6 +145,23 @@ def _add_embed(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--runs", nargs="+", metavar="RUN", help="these alone (default: all)")
     stage.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="the runs of these alone")
     stage.add_argument("--windows", type=int, default=8, help="windows a run (default: 8)")
+
+
+def _add_explain(stage: argparse.ArgumentParser) -> None:
+    text = "a name under the dataset's `targets` (default: the only one)"
+    stage.add_argument("--target", help=text)
+    stage.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
+    text = "these alone (default: the test subjects)"
+    stage.add_argument("--subjects", nargs="+", metavar="SUBJECT", help=text)
+    text = "which is explained against the others (default: the last of the target's `classes`)"
+    stage.add_argument("--class", dest="of_class", metavar="CLASS", help=text)
+    text = "gradients taken for each window (default: 32)"
+    stage.add_argument("--steps", type=int, default=32, metavar="N", help=text)
+    stage.add_argument("--windows", type=int, default=2, help="windows a run (default: 2)")
+    text = "finetune/TARGET of the same model trained on permuted labels, to compare its map"
+    stage.add_argument("--permuted", type=Path, metavar="FOLDER", help=text)
+    text = "write the map of each subject too"
+    stage.add_argument("--subject-maps", action="store_true", help=text)
 
 
 def _add_verify(stage: argparse.ArgumentParser) -> None:

@@ -106,6 +106,28 @@ def _export(options: argparse.Namespace) -> None:
     run_export(config, *choose_training(options, config), options.output)
 
 
+def _explain(options: argparse.Namespace) -> None:
+    from neuromamba.explain import run_explain
+
+    config = read_config(options)
+    dataset, model, seed = choose_training(options, config)
+    target = choose("target", options.target, choose_targets(options, config, dataset))
+    run_explain(
+        config,
+        dataset,
+        model,
+        seed,
+        target,
+        options.output,
+        options.subjects,
+        options.steps,
+        options.windows,
+        options.of_class,
+        options.permuted,
+        options.subject_maps,
+    )
+
+
 def _predict(options: argparse.Namespace) -> int:
     from neuromamba.new_scans import Asked
     from neuromamba.predict import run_predict
@@ -133,5 +155,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "forecast": _forecast,
     "embed": _embed,
     "export": _export,
+    "explain": _explain,
     "predict": _predict,
 }
