@@ -22,10 +22,12 @@ from neuromamba.demo import write_demo
 # Snakemake, but that it looks every second what became of its jobs: the plugin waits longer each
 # time, which would make most of the time of these tests.
 SNAKEMAKE = """
-import asyncio
+import asyncio, signal
 from snakemake.cli import main
 from snakemake_executor_plugin_slurm import Executor
 
+# What is started in the background of a script ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 Executor.sleep = lambda self: asyncio.sleep(1)
 main()
 """

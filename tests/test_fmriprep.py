@@ -279,8 +279,13 @@ def running_in(folder: Path) -> list[str]:
 
 
 def start(code: str, tmp_path: Path, **environment: str) -> subprocess.Popen:
-    """A process that runs `code` with `run_program` at hand."""
-    text = f"from pathlib import Path\nfrom neuromamba.supervise import *\n{code}"
+    """A process that runs `code` with `run_program` at hand.
+
+    It heeds its signals also where these tests run in a background that ignores them.
+    """
+    heeds = "signal.signal(1, signal.SIG_DFL); signal.signal(2, signal.default_int_handler)"
+    imports = "import signal\nfrom pathlib import Path\nfrom neuromamba.supervise import *"
+    text = f"{imports}\n{heeds}\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", text],
         env={**os.environ, **environment},

@@ -127,7 +127,7 @@ def test_a_job_that_failed_is_tried_again_with_more_memory_and_the_others_are_no
     others = [job for job in finished if job.stage != "tokens"]
     assert {job.state for job in others} == {"COMPLETED"}
     assert all(len(job.nodes) == 1 for job in finished)
-    batched = {job.stage for job in others if job.stage in ("volumes", "rois")}
+    batched = {job.stage for job in others if job.stage in ("volumes", "rois", "qc")}
     assert len(others) == len({job.stage for job in others}) + len(batched)
 
 
