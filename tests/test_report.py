@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fabricate import (
     make_split,
     predict_by_age_and_sex,
 )
+from pages import Page
 
 from neuromamba import evaluate, figures
 from neuromamba.collect import Evaluation, collect_data, collect_evaluations
@@ -52,35 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(made: Path, tmp_path: Path) -> Config:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return make_config(tmp_path)
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text between them."""
-
-    VOID = frozenset({"meta", "img", "br"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 def write_page(config: Config) -> Page:
