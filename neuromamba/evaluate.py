@@ -12,50 +12,26 @@ Design choices
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from neuromamba.baselines import load_connectivity, no_features, predict_class, predict_number
+from neuromamba.baselines import BASELINES, Subjects, no_features, predict_baselines
 from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config
+from neuromamba.confound_model import confounds_of
 from neuromamba.files import InputError, write_json
 from neuromamba.finetune import predict_subjects
 from neuromamba.layout import Layout
-from neuromamba.metrics import PROBABILITY, compare, compute_metrics, read_predictions
+from neuromamba.metrics import compare, compute_metrics, read_predictions
 from neuromamba.participants import read_participants
 from neuromamba.qc_rules import left_out
 from neuromamba.record import seen_subjects
 from neuromamba.splits import read_split
 from neuromamba.stage import usable_runs
 from neuromamba.tables import read_table, write_table
-
-FC = "fc"
-BASELINES = (FC, "majority", "mean")
-
-
-@dataclass(frozen=True)
-class Subjects:
-    """Who is evaluated on what.
-
-    Attributes
-    ----------
-    classes
-        Class names, the positive one last; empty for a number.
-    train, test
-        True label of each subject that has one, sorted by subject: `train` holds the training and
-        the validation part of the split.
-    unlabelled
-        Subjects of the split without a label.
-    """
-
-    classes: list[str]
-    train: pd.Series
-    test: pd.Series
-    unlabelled: int
 
 
 def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
@@ -119,7 +95,7 @@ def predict_model(
     """
     test = list(subjects.test.index)
     predicted = predict_subjects(config, dataset, model, seed, target, test).set_index("subject")
-    predicted = predicted.reindex(test)[_columns(subjects.classes)].astype(float)
+    predicted = predicted.reindex(test)[subjects.columns].astype(float)
     bad = [name for name, row in predicted.iterrows() if not np.isfinite(row).all()]
     if bad:
         raise InputError(
@@ -129,40 +105,16 @@ def predict_model(
     return predicted
 
 
-def predict_fc(
-    config: Config, dataset: str, subjects: Subjects
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Predictions of the FC baseline, in the form of `predict_model`, and notes on how.
+def predict_references(
+    config: Config, dataset: str, target: str, subjects: Subjects
+) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
+    """`predict_baselines` on a dataset's results.
 
-    Seeded by `splits.seed`: the baseline is the same beside every model and every model's seed.
+    Seeded by `splits.seed`: the baselines are the same beside every model and every model's seed.
     """
-    train, test = list(subjects.train.index), list(subjects.test.index)
-    features = load_connectivity(_stores(config, dataset), train, test)
-    folds, seed = config.evaluate.inner_folds, config.splits.seed
-    if subjects.classes:
-        present = [name for name in subjects.classes if (subjects.train == name).any()]
-        labels = np.array([present.index(name) for name in subjects.train], dtype=np.int64)
-        values, chosen = predict_class(features.train, labels, features.test, folds, seed)
-        columns = [PROBABILITY + name for name in present]
-        table = pd.DataFrame(values, test, columns)
-        table = table.reindex(columns=_columns(subjects.classes), fill_value=0.0)
-    else:
-        numbers = subjects.train.to_numpy(float)
-        # Standardised, so that one grid of penalties suits every unit.
-        mean, sd = numbers.mean(), numbers.std()
-        scaled, chosen = predict_number(
-            features.train, (numbers - mean) / sd, features.test, folds, seed
-        )
-        table = pd.DataFrame({"value": mean + sd * scaled}, test)
-    notes = {
-        "kind": features.kind,
-        "inverse_penalty": chosen,
-        "n_rois": features.n_rois,
-        "n_rois_dropped": features.n_dropped,
-        "share_missing": features.missing,
-        "n_features": features.train.shape[1],
-    }
-    return table, notes
+    runs = _good_runs(config, dataset)
+    stores, confounds = _stores(config, dataset, runs), confounds_of(config, dataset, target, runs)
+    return predict_baselines(config.evaluate, subjects, stores, confounds, config.splits.seed)
 
 
 def tabulate(name: str, predicted: pd.DataFrame, subjects: Subjects) -> pd.DataFrame:
@@ -201,13 +153,13 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
     subjects = choose_subjects(config, dataset, target)
     info = load_model_info(layout.finetune(model, seed, target))
     seen = find_seen(config, dataset, info, list(subjects.test.index))
-    fc, fc_notes = predict_fc(config, dataset, subjects)
+    baselines, baseline_notes = predict_references(config, dataset, target, subjects)
     constant = "majority" if subjects.classes else "mean"
     share = no_features(subjects.train, subjects.classes)
-    simple = pd.DataFrame(list(share.values()), _columns(subjects.classes)).T
+    simple = pd.DataFrame(list(share.values()), subjects.columns).T
     predicted = {
         model: predict_model(config, dataset, model, seed, target, subjects),
-        FC: fc,
+        **baselines,
         constant: simple.loc[[0] * len(subjects.test)].set_axis(subjects.test.index),
     }
     tables = [tabulate(name, table, subjects) for name, table in predicted.items()]
@@ -218,7 +170,8 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
         "n_unlabelled": subjects.unlabelled,
         "classes": subjects.classes,
         "train_labels": share,
-        "fc": fc_notes,
+        "baselines": baseline_notes,
+        "adjust": config.evaluate.adjust,
         "seen_subjects": seen,
     }
     write_json(folder / "notes.json", notes)
@@ -228,19 +181,16 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
 def write_metrics(folder: Path, model: str, config: Config) -> None:
     """Compute `comparison.tsv` and `metrics.tsv` from the `predictions.tsv` in `folder`."""
     predictions = read_predictions(folder / "predictions.tsv")
-    settings = (config.evaluate.bootstrap, config.evaluate.confidence, config.splits.seed)
+    evaluate = config.evaluate
+    settings = (evaluate.bootstrap, evaluate.confidence, config.splits.seed, evaluate.permutations)
     others = [name for name in predictions["predictor"].unique() if name != model]
     compared = [compare(predictions, model, other, *settings) for other in others]
     write_table(folder / "comparison.tsv", pd.concat(compared, ignore_index=True))
     write_table(folder / "metrics.tsv", compute_metrics(predictions, *settings))
 
 
-def _columns(classes: Sequence[str]) -> list[str]:
-    return [PROBABILITY + name for name in classes] or ["value"]
-
-
-def _stores(config: Config, dataset: str) -> dict[str, list[Path]]:
-    """The ROI stores of each subject's runs that also have tokens and are good enough."""
+def _good_runs(config: Config, dataset: str) -> pd.DataFrame:
+    """Runs that have tokens and ROI series and are good enough: `run`, `subject`."""
     layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype={"run": str, "subject": str})
     batches = range(config.compute.batches)
@@ -249,8 +199,13 @@ def _stores(config: Config, dataset: str) -> dict[str, list[Path]]:
         for stage in ("tokens", "rois")
     ]
     good = (usable[0] & usable[1]) - set(left_out(config, dataset))
+    return index.loc[index["run"].isin(list(good)), ["run", "subject"]]
+
+
+def _stores(config: Config, dataset: str, runs: pd.DataFrame) -> dict[str, list[Path]]:
+    """The ROI stores of each subject's runs."""
+    layout = Layout.of(config, dataset)
     stores: dict[str, list[Path]] = {}
-    for run, subject in index[["run", "subject"]].itertuples(index=False):
-        if run in good:
-            stores.setdefault(subject, []).append(layout.array("rois", run))
+    for run, subject in runs.itertuples(index=False):
+        stores.setdefault(subject, []).append(layout.array("rois", run))
     return stores

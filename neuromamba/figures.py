@@ -17,9 +17,11 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
 from neuromamba.metrics import PROBABILITY, class_names
+from neuromamba.weighted_metrics import ECE_BINS
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 GREY = "#666666"
@@ -190,7 +192,10 @@ def connectivity(fc: npt.NDArray[np.floating]) -> str:
 
 
 def results(predictors: Mapping[str, pd.DataFrame]) -> str:
-    """ROC curves for two classes, confusion matrices for more, true against predicted for numbers.
+    """What the predictors say of the test subjects.
+
+    ROC and reliability curves for two classes, confusion matrices for more, true against predicted
+    values for numbers.
 
     Parameters
     ----------
@@ -200,7 +205,7 @@ def results(predictors: Mapping[str, pd.DataFrame]) -> str:
     classes = class_names(next(iter(predictors.values())))
     with matplotlib.rc_context(STYLE):
         if len(classes) == 2:
-            return _svg(_roc(predictors, classes[1]))
+            return _svg(_two_classes(predictors, classes[1]))
         draw = _confusion if classes else _scatter
         figure = Figure(figsize=(3.2 * len(predictors), 3.3), layout="constrained")
         axes = figure.subplots(1, len(predictors), squeeze=False, sharex=True, sharey=True)[0]
@@ -210,24 +215,27 @@ def results(predictors: Mapping[str, pd.DataFrame]) -> str:
         return _svg(figure)
 
 
-def _roc(predictors: Mapping[str, pd.DataFrame], positive: str) -> Figure:
-    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
-    axis = figure.subplots()
+def _two_classes(predictors: Mapping[str, pd.DataFrame], positive: str) -> Figure:
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+    roc, reliability = figure.subplots(1, 2)
     styles = ["-", "--", "-.", ":"]
     for k, (label, table) in enumerate(predictors.items()):
         true = table["y_true"].astype(str) == positive
+        look: dict[str, Any] = {"linestyle": styles[k % 4], "color": COLOURS[k % len(COLOURS)]}
         if true.nunique() == 2:
-            false_rate, true_rate, _ = roc_curve(true, table[PROBABILITY + positive])
-            style = styles[k % len(styles)]
-            axis.plot(false_rate, true_rate, style, color=COLOURS[k % len(COLOURS)], label=label)
-    axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":", label="chance")
-    axis.set(
-        xlabel=f"others called {positive}",
-        ylabel=f"{positive} called {positive}",
-        aspect="equal",
-        title="ROC on the test subjects",
-    )
-    axis.legend(loc="lower right")
+            score = table[PROBABILITY + positive]
+            false_rate, true_rate, _ = roc_curve(true, score)
+            roc.plot(false_rate, true_rate, label=label, **look)
+            share, predicted = calibration_curve(true, score, n_bins=ECE_BINS)
+            reliability.plot(predicted, share, marker="o", markersize=3, label=label, **look)
+    for axis, line in ((roc, "chance"), (reliability, "calibrated")):
+        axis.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":", label=line)
+        axis.set_aspect("equal")
+        axis.legend(loc="lower right")
+    roc.set(xlabel=f"others called {positive}", ylabel=f"{positive} called {positive}")
+    roc.set_title("ROC on the test subjects")
+    reliability.set(xlabel=f"predicted probability of {positive}", ylabel=f"share of {positive}")
+    reliability.set_title(f"Reliability, {ECE_BINS} bins")
     return figure
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from neuromamba.anat_scan import find_anatomicals
 from neuromamba.atlases import atlas_digest, is_named
+from neuromamba.bids_scan import subject_name
 from neuromamba.config import Config
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
@@ -71,6 +72,8 @@ class Inputs:
             data += self._subjects_and_runs(name)
             if job.stage not in ("pretrain", "forecast"):
                 data.append(self._labels_digest(job, name))
+            if job.stage == "evaluate":
+                data.append(self._facts_digest(job, name))
         if job.stage in ("pretrain", "cell"):
             start = model_of(self.config, job).pretrain.init_from
             data.append(self._digest(job, "init_from", start and f"{start}/model.json"))
@@ -140,6 +143,21 @@ class Inputs:
         participants = self.config.datasets[dataset].participants
         file = participants.file if participants else None
         return self._digest(job, f"labels of {dataset}", file, digest)
+
+    def _facts_digest(self, job: Job, dataset: str) -> str | None:
+        """Digest of all that the table tells of the split's subjects, which confounds come from."""
+        participants = self.config.datasets[dataset].participants
+        if participants is None:
+            return None
+
+        def digest() -> str:
+            table = read_table(participants.file, dtype=str)
+            name = table.columns[table.columns.str.strip() == participants.id_column][0]
+            known = table[name].map(subject_name).isin(self._subjects(dataset))
+            rows = table[known].sort_values(name).astype(str)
+            return digest_json([list(table), rows.to_numpy().tolist()])
+
+        return self._digest(job, f"facts of {dataset}", participants.file, digest)
 
     def _subjects(self, dataset: str) -> list[str]:
         split = read_split(Layout.of(self.config, dataset).split)

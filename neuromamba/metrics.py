@@ -1,130 +1,60 @@
-"""Metrics and their intervals, computed from a table of predictions and nothing else.
+"""Metrics, their intervals and their p values, computed from predictions and nothing else.
 
 Design choices
 --------------
-- Each metric is written over weighted subjects, so that one vectorised expression gives the point
-  estimate (all weights 1) and every bootstrap resample (weights = how often a subject was drawn).
-  The tests hold the point estimates against scikit-learn's.
 - Intervals are percentiles over resamples of the test subjects. For classification subjects are
   drawn within their true class, so that every resample has the classes of the test set. They tell
   how much the figure depends on who was tested; not on who was trained, nor on the seed.
 - All predictors see the same resamples, so that a difference between two is of the same subjects.
+- p values are by permutation (`neuromamba.statistics`). The calibration error, which is no measure
+  of skill, has none.
 - What is undefined is missing, not a number: the correlation of a constant prediction, the AUROC
   of a test set with one class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from neuromamba import statistics
 from neuromamba.files import InputError
 from neuromamba.tables import read_table
+from neuromamba.weighted_metrics import (
+    Floats,
+    Ints,
+    classification_metrics,
+    regression_metrics,
+)
+from neuromamba.weighted_metrics import Metrics as Metrics
 
 PROBABILITY = "prob_"
 HIGHER_IS_BETTER = {
     "auroc": True,
     "balanced_accuracy": True,
     "accuracy": True,
+    "brier": False,
+    "ece": False,
     "mae": False,
     "pearson_r": True,
     "r2": True,
 }
+PERMUTATIONS = 1000
 BLOCK = 2_000_000
 """Weights held at once (16 MB in float64)."""
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Metrics = Callable[[Floats], dict[str, Floats]]
-
-
-def weighted_auroc(positive: npt.NDArray[np.bool_], score: Floats, weight: Floats) -> Floats:
-    """Area under the ROC curve by ranks; ties count half.
-
-    Parameters
-    ----------
-    positive, score
-        (subject,) truth and score.
-    weight
-        (resample, subject) how often each subject counts.
-
-    Returns
-    -------
-    (resample,) float64
-        NaN where a class has no weight.
-    """
-    # Equal scores share one rank, whose weights are added up before classes are compared.
-    order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
-    weight = weight[:, order]
-    up = np.add.reduceat(weight * positive[order], starts, axis=1)
-    down = np.add.reduceat(weight * ~positive[order], starts, axis=1)
-    below = np.cumsum(down, axis=1) - down
-    pairs = up.sum(axis=1) * down.sum(axis=1)
-    return _divide((up * (below + 0.5 * down)).sum(axis=1), pairs)
-
-
-def classification_metrics(true: Ints, probability: Floats) -> Metrics:
-    """AUROC, balanced accuracy and accuracy as a function of weights.
-
-    Parameters
-    ----------
-    true
-        (subject,) number of the true class.
-    probability
-        (subject, class); the class of highest probability is the prediction.
-
-    Notes
-    -----
-    With two classes the AUROC is that of the last, "positive" class; with more, the mean of each
-    class against the rest. Both it and the balanced accuracy average over classes that occur.
-    """
-    classes = np.unique(true)
-    right = probability.argmax(axis=1) == true
-    scored = classes if probability.shape[1] > 2 else np.array([1])
-
-    def metrics(weight: Floats) -> dict[str, Floats]:
-        areas = [weighted_auroc(true == k, probability[:, k], weight) for k in scored]
-        recalls = [_divide(weight @ (right & (true == k)), weight @ (true == k)) for k in classes]
-        return {
-            "auroc": np.mean(areas, axis=0),
-            "balanced_accuracy": np.mean(recalls, axis=0),
-            "accuracy": _divide(weight @ right, weight.sum(axis=1)),
-        }
-
-    return metrics
-
-
-def mean_auroc(true: Ints, probability: Floats) -> float:
-    """AUROC of (subject, class) probabilities, as in `classification_metrics`."""
-    metrics = classification_metrics(true, probability)
-    return float(metrics(np.ones((1, len(true))))["auroc"][0])
-
-
-def regression_metrics(true: Floats, predicted: Floats) -> Metrics:
-    """MAE, Pearson r and R2 as a function of weights; all (subject,) float64."""
-
-    def metrics(weight: Floats) -> dict[str, Floats]:
-        total = weight.sum(axis=1)
-        x, y = (_centred(values, weight) for values in (predicted, true))
-        spread = (weight * y**2).sum(axis=1)
-        product = (weight * x * y).sum(axis=1)
-        error = weight @ (true - predicted) ** 2
-        return {
-            "mae": _divide(weight @ np.abs(true - predicted), total),
-            "pearson_r": _divide(product, np.sqrt((weight * x**2).sum(axis=1) * spread)),
-            "r2": 1 - _divide(error, spread),
-        }
-
-    return metrics
-
 
 def compute_metrics(
-    predictions: pd.DataFrame, resamples: int, confidence: float, seed: int
+    predictions: pd.DataFrame,
+    resamples: int,
+    confidence: float,
+    seed: int,
+    permutations: int = PERMUTATIONS,
 ) -> pd.DataFrame:
     """Every metric of every predictor in a table of predictions.
 
@@ -135,20 +65,27 @@ def compute_metrics(
         `prob_<class>` per class, the positive class last. Every predictor has the same subjects.
     resamples, confidence, seed
         Bootstrap resamples, coverage of the percentile intervals, and what seeds them.
+    permutations
+        Shuffles of the labels for p.
 
     Returns
     -------
     pandas.DataFrame
-        Columns `predictor`, `metric`, `value`, `low`, `high`, `n` (subjects).
+        Columns `predictor`, `metric`, `value`, `low`, `high`, `p` (against chance, one-sided), `n`
+        (subjects).
     """
     rows = []
-    for predictor, metrics, strata in _predictors(predictions):
-        point = metrics(np.ones((1, len(strata))))
-        drawn = bootstrap(metrics, strata, resamples, seed)
-        for name, value in point.items():
-            low, high = interval(value[0], drawn[name], confidence)
-            rows.append((predictor, name, value[0], low, high, len(strata)))
-    return pd.DataFrame(rows, columns=["predictor", "metric", "value", "low", "high", "n"])
+    for name, found in _predictors(predictions).items():
+        point = found.metrics(np.ones((1, len(found.true))))
+        drawn = bootstrap(found.metrics, found.strata, resamples, seed)
+        p = found.against_chance(permutations, seed)
+        for metric, value in point.items():
+            low, high = interval(value[0], drawn[metric], confidence)
+            # A metric may be defined by convention where its test is not.
+            known = p.get(metric, np.nan) if np.isfinite(value[0]) else np.nan
+            rows.append((name, metric, value[0], low, high, known, len(found.true)))
+    columns = ["predictor", "metric", "value", "low", "high", "p", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def compare(
@@ -158,30 +95,33 @@ def compare(
     resamples: int,
     confidence: float,
     seed: int,
+    permutations: int = PERMUTATIONS,
 ) -> pd.DataFrame:
-    """Difference `first - second` in each metric, with a paired bootstrap interval.
+    """Difference `first - second` in each metric, with a paired bootstrap interval and a paired p.
 
     Returns
     -------
     pandas.DataFrame
         Columns `predictor` (`first`), `versus` (`second`), `metric`, `difference`, `low`, `high`,
-        `better`: `first` or `second` where the interval leaves out 0 (smaller is better for an
-        error), missing where it does not.
+        `p` (two-sided, not corrected), `better`: `first` or `second` where the interval leaves out
+        0 and p is at most 1 - confidence (smaller is better for an error), missing elsewhere.
     """
-    found = {name: (metrics, strata) for name, metrics, strata in _predictors(predictions)}
-    (metrics_1, strata), (metrics_2, _) = found[first], found[second]
-    ones = np.ones((1, len(strata)))
-    point = metrics_1(ones), metrics_2(ones)
-    drawn = [bootstrap(metrics, strata, resamples, seed) for metrics in (metrics_1, metrics_2)]
+    found = _predictors(predictions)
+    one, other = found[first], found[second]
+    ones = np.ones((1, len(one.true)))
+    point = one.metrics(ones), other.metrics(ones)
+    drawn = [bootstrap(each.metrics, one.strata, resamples, seed) for each in (one, other)]
+    p = one.against(other, permutations, seed)
     rows = []
     for name in point[0]:
         value = point[0][name][0] - point[1][name][0]
         low, high = interval(value, drawn[0][name] - drawn[1][name], confidence)
+        known = p.get(name, np.nan) if np.isfinite(value) else np.nan
         better = None
-        if low > 0 or high < 0:
+        if (low > 0 or high < 0) and known <= 1 - confidence:
             better = first if (low > 0) == HIGHER_IS_BETTER[name] else second
-        rows.append((first, second, name, value, low, high, better))
-    columns = ["predictor", "versus", "metric", "difference", "low", "high", "better"]
+        rows.append((first, second, name, value, low, high, known, better))
+    columns = ["predictor", "versus", "metric", "difference", "low", "high", "p", "better"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -198,27 +138,62 @@ def class_names(predictions: pd.DataFrame) -> list[str]:
     return [c.removeprefix(PROBABILITY) for c in columns if c.startswith(PROBABILITY)]
 
 
-def _predictors(
-    predictions: pd.DataFrame,
-) -> Iterator[tuple[str, Metrics, Ints]]:
-    """Name, metrics and strata (true classes, or one stratum) of each predictor."""
+@dataclass(frozen=True)
+class _Predictor:
+    """What one predictor says of the subjects, in their order.
+
+    Attributes
+    ----------
+    true
+        (subject,) number of the true class, or true value.
+    predicted
+        (subject, class) probabilities, or (subject,) values.
+    """
+
+    true: npt.NDArray[Any]
+    predicted: Floats
+
+    @property
+    def metrics(self) -> Metrics:
+        make = classification_metrics if self.predicted.ndim == 2 else regression_metrics
+        return make(self.true, self.predicted)
+
+    @property
+    def strata(self) -> Ints:
+        return self.true if self.predicted.ndim == 2 else np.zeros(len(self.true), np.int64)
+
+    def against_chance(self, permutations: int, seed: int) -> dict[str, float]:
+        classes = self.predicted.ndim == 2
+        test = statistics.chance_of_classes if classes else statistics.chance_of_numbers
+        return test(self.true, self.predicted, permutations, seed)
+
+    def against(self, other: _Predictor, permutations: int, seed: int) -> dict[str, float]:
+        classes = self.predicted.ndim == 2
+        test = statistics.compare_classes if classes else statistics.compare_numbers
+        return test(self.true, self.predicted, other.predicted, permutations, seed)
+
+
+def _predictors(predictions: pd.DataFrame) -> dict[str, _Predictor]:
+    """Each predictor by name, subjects sorted."""
     classes = class_names(predictions)
+    number = {label: k for k, label in enumerate(classes)}
+    found = {}
     for name, rows in predictions.groupby("predictor", sort=False):
         rows = rows.sort_values("subject")
         if classes:
-            number = {label: k for k, label in enumerate(classes)}
             unknown = set(rows["y_true"].astype(str)) - set(number)
             if unknown:
                 raise InputError(f"predictions of {name}: no column for class {min(unknown)!r}")
             true = np.asarray(rows["y_true"].astype(str).map(number), dtype=np.int64)
-            columns = [PROBABILITY + label for label in classes]
-            yield str(name), classification_metrics(true, rows[columns].to_numpy(float)), true
+            probability = rows[[PROBABILITY + label for label in classes]].to_numpy(float)
+            found[str(name)] = _Predictor(true, probability)
         else:
             truth, predicted = (
                 np.asarray(rows[column].astype(float), dtype=np.float64)
                 for column in ("y_true", "y_pred")
             )
-            yield str(name), regression_metrics(truth, predicted), np.zeros(len(rows), np.int64)
+            found[str(name)] = _Predictor(truth, predicted)
+    return found
 
 
 def bootstrap(metrics: Metrics, strata: Ints, resamples: int, seed: int) -> dict[str, Floats]:
@@ -246,17 +221,3 @@ def interval(point: float, drawn: Floats, confidence: float) -> tuple[float, flo
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _centred(values: Floats, weight: Floats) -> Floats:
-    """Values minus their weighted mean, exactly 0 where they are constant; (resample, subject)."""
-    values = values - values[0]
-    centred = values - (weight @ values / weight.sum(axis=1))[:, None]
-    used = np.where(weight > 0, np.abs(centred), 0).max(axis=1, keepdims=True)
-    rounding = 1e-12 * np.abs(values).max(initial=0)
-    return np.where(used > rounding, centred, 0.0)
-
-
-def _divide(numerator: Floats, denominator: Floats) -> Floats:
-    result = np.full(np.shape(numerator), np.nan)
-    return np.divide(numerator, denominator, out=result, where=denominator != 0)

@@ -21,19 +21,27 @@ import pandas as pd
 import yaml
 
 from neuromamba import figures
+from neuromamba.baseline_notes import describe_baselines
 from neuromamba.collect import (
     Data,
     Evaluation,
     Training,
     collect_data,
-    collect_evaluations,
     collect_trainings,
     example_run,
     group_connectivity,
 )
 from neuromamba.config import Config, Denoise
+from neuromamba.correction import collect_corrected
 from neuromamba.files import write_text
-from neuromamba.verdicts import METRICS, Row, number, result_rows, verdict, where_chance_is
+from neuromamba.verdicts import (
+    METRICS,
+    P_VERSUS,
+    number,
+    result_rows,
+    verdict,
+    where_chance_is,
+)
 
 COLUMNS = {
     "tsnr": "tSNR",
@@ -75,16 +83,18 @@ def summary(config: Config) -> str:
             skills = ", ".join(f"{value} over {name}" for name, value in _skills(training).items())
             if skills:
                 lines.append(f"{dataset}, {_label(training)}: next-patch skill {skills}")
-        for target in config.datasets[dataset].targets:
-            evaluations = list(collect_evaluations(config, dataset, target))
+        for target, evaluations in collect_corrected(config, dataset).items():
             if evaluations:
-                lines += ["", *_summarise(dataset, target, evaluations)]
+                alpha = 1 - config.evaluate.confidence
+                lines += ["", *_summarise(dataset, target, evaluations, alpha)]
     path = report_path(config)
     lines += ["", f"report: {path}" if path.exists() else "no report yet: neuromamba report"]
     return "\n".join(lines).strip()
 
 
-def _summarise(dataset: str, target: str, evaluations: Sequence[Evaluation]) -> list[str]:
+def _summarise(
+    dataset: str, target: str, evaluations: Sequence[Evaluation], alpha: float
+) -> list[str]:
     rows = result_rows(evaluations)
     names = list(rows[0].cells)
     width = max(len(row.label) for row in rows)
@@ -93,7 +103,7 @@ def _summarise(dataset: str, target: str, evaluations: Sequence[Evaluation]) -> 
     for row in rows:
         cells = "   ".join(f"{METRICS[name].label} {row.cells[name].text}" for name in names)
         lines.append(f"  {row.label:<{width}}  {cells}")
-    return lines + [f"  {verdict(evaluation)}" for evaluation in evaluations]
+    return lines + [f"  {verdict(evaluation, alpha)}" for evaluation in evaluations]
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -121,7 +131,10 @@ def describe(config: Config) -> dict[str, Any]:
 def _describe_dataset(config: Config, name: str) -> dict[str, Any]:
     data = collect_data(config, name)
     trainings = list(collect_trainings(config, name, "pretrain"))
-    targets = [_describe_target(config, data, target) for target in config.datasets[name].targets]
+    targets = [
+        _describe_target(config, data, target, evaluations)
+        for target, evaluations in collect_corrected(config, name).items()
+    ]
     return {
         "name": name,
         "settings": config.datasets[name],
@@ -159,9 +172,10 @@ def _changes_of(denoise: Denoise) -> str:
     return "; ".join(f"{key} {value}" for key, value in shown.items())
 
 
-def _describe_target(config: Config, data: Data, target: str) -> dict[str, Any]:
+def _describe_target(
+    config: Config, data: Data, target: str, evaluations: Sequence[Evaluation]
+) -> dict[str, Any]:
     settings = config.datasets[data.name].targets[target]
-    evaluations = list(collect_evaluations(config, data.name, target))
     trainings = list(collect_trainings(config, data.name, target))
     described: dict[str, Any] = {
         "name": target,
@@ -174,13 +188,15 @@ def _describe_target(config: Config, data: Data, target: str) -> dict[str, Any]:
     if not evaluations:
         return described
     first = evaluations[0]
-    rows: list[Row] = result_rows(evaluations)
+    rows, alpha = result_rows(evaluations), 1 - config.evaluate.confidence
     return described | {
         "rows": rows,
         "columns": list(rows[0].cells),
+        "tests": {name: label for name, label in P_VERSUS.items() if name in rows[0].p},
+        "baselines": describe_baselines(first.notes, settings.kind == "classification"),
         "notes": first.notes,
         "seen": sorted({subject for e in evaluations for subject in e.notes["seen_subjects"]}),
-        "verdicts": [verdict(evaluation) for evaluation in evaluations],
+        "verdicts": [verdict(evaluation, alpha) for evaluation in evaluations],
         "chance": where_chance_is(first),
         "figure": figures.results(_by_label(evaluations)),
     }

@@ -1,14 +1,19 @@
-"""Say in words what a table of metrics shows, and no more than it shows."""
+"""Say in words what a table of metrics shows, and no more than it shows.
+
+All follows from `better` and `p` of the comparisons, as `neuromamba.correction` leaves them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from neuromamba.baseline_notes import BASELINES, CONFOUNDS, join
 from neuromamba.collect import Evaluation
+from neuromamba.correction import ALPHA
 from neuromamba.metrics import HIGHER_IS_BETTER, class_names
 
 
@@ -33,6 +38,18 @@ METRICS = {
         "counts as much as the commonest",
     ),
     "accuracy": Metric("accuracy", "share of subjects put in the right class"),
+    "brier": Metric(
+        "Brier score",
+        "mean squared error of the probabilities; smaller is better, and with two classes 0.25 is "
+        "what saying one half to everyone gets",
+    ),
+    "ece": Metric(
+        "ECE",
+        "expected calibration error: how far the probabilities are from how often they come true, "
+        "over ten bins of equal width; smaller is better, and 0 says nothing of how well the "
+        "classes are told apart. Models and baselines learn as if all classes were equally "
+        "common, so their probabilities are off where they are not",
+    ),
     "mae": Metric("MAE", "mean absolute error in the target's unit; smaller is better"),
     "pearson_r": Metric("Pearson r", "correlation of predicted with true values"),
     "r2": Metric(
@@ -41,11 +58,7 @@ METRICS = {
         "subjects, below 0 is worse",
     ),
 }
-BASELINES = {
-    "fc": "FC baseline",
-    "majority": "majority class",
-    "mean": "mean of training labels",
-}
+P_VERSUS = {"chance": "chance", "fc": "FC baseline", "confounds": "confound model"}
 
 
 @dataclass(frozen=True)
@@ -58,12 +71,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One predictor's metrics."""
+    """One predictor's metrics, and p of the first of them by what it is compared with."""
 
     label: str
     cells: dict[str, Cell]
     n: int
     is_model: bool
+    p: dict[str, str]
 
 
 def number(value: float | int | None, digits: int | None = None) -> str:
@@ -91,27 +105,37 @@ def interval(value: float, low: float, high: float, digits: int | None = None) -
     return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
+def p_value(p: float) -> str:
+    """A p value to three digits; `n/a` where there is none."""
+    if not np.isfinite(p):
+        return "n/a"
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def result_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     """Rows of one target's table: each model and seed, then the baselines once.
 
-    A cell is best where a paired bootstrap tells it apart: a model's, when it is better than the
-    FC baseline; the baseline's, when it is better than every model.
+    A cell is best where a paired test tells it apart: a model's, when it is better than the FC
+    baseline; the baseline's, when it is better than every model.
     """
     rows = []
     verdicts = [_versus(e, "fc").set_index("metric")["better"] for e in evaluations]
     for evaluation, better in zip(evaluations, verdicts, strict=True):
         won = {name for name in better.index if better[name] == evaluation.model}
         label = f"{evaluation.model}, seed {evaluation.seed}"
-        rows.append(_row(evaluation.metrics, evaluation.model, label, won, True))
+        compared = {name: _first_p(_versus(evaluation, name)) for name in P_VERSUS}
+        row = _row(evaluation.metrics, evaluation.model, label, won)
+        p = {name: value for name, value in compared.items() if value} | row.p
+        rows.append(replace(row, is_model=True, p=p))
     first = evaluations[0].metrics
     won = {name for name in verdicts[0].index if all(v[name] == "fc" for v in verdicts)}
     for name, label in BASELINES.items():
         if (first["predictor"] == name).any():
-            rows.append(_row(first, name, label, won if name == "fc" else set(), False))
+            rows.append(_row(first, name, label, won if name == "fc" else set()))
     return rows
 
 
-def _row(metrics: pd.DataFrame, predictor: str, label: str, won: set[str], model: bool) -> Row:
+def _row(metrics: pd.DataFrame, predictor: str, label: str, won: set[str]) -> Row:
     found = metrics[metrics["predictor"] == predictor].set_index("metric")
     # All predictors of a column to the same digit: that of the table's largest value.
     largest = metrics.set_index("metric")["value"].abs().groupby(level=0).max()
@@ -122,17 +146,29 @@ def _row(metrics: pd.DataFrame, predictor: str, label: str, won: set[str], model
         )
         for name, row in found.iterrows()
     }
-    return Row(label, cells, int(found["n"].iloc[0]), model)
+    p = {"chance": _first_p(found)}
+    return Row(label, cells, int(found["n"].iloc[0]), False, p)
 
 
-def verdict(evaluation: Evaluation) -> str:
-    """One or two sentences on the first metric: against the FC baseline, and against guessing."""
+def _first_p(table: pd.DataFrame) -> str:
+    return p_value(_p(table.iloc[0])) if len(table) else ""
+
+
+def _p(row: pd.Series) -> float:
+    """p of a row, corrected where `corrected` has been at work on it."""
+    known = row.get("p_holm", np.nan)
+    return float(row["p"] if known is None or pd.isna(known) else known)
+
+
+def verdict(evaluation: Evaluation, alpha: float = ALPHA) -> str:
+    """Sentences on the first metric: against the FC baseline, the confounds, and guessing."""
     row = _versus(evaluation, "fc").iloc[0]
     name, model = str(row["metric"]), f"{evaluation.model} (seed {evaluation.seed})"
-    label, difference = METRICS[name].label, float(row["difference"])
+    difference = float(row["difference"])
     if not np.isfinite(difference):
+        label = METRICS[name].label
         return f"{model} cannot be compared with the FC baseline: {label} is not defined here."
-    shown = f"difference in {label} {interval(difference, row['low'], row['high'])}"
+    shown = _difference(row)
     if row["better"] == evaluation.model:
         text = f"{model} is better than the FC baseline ({shown})"
     elif row["better"] == "fc":
@@ -144,14 +180,37 @@ def verdict(evaluation: Evaluation) -> str:
             f"{model} does not beat the FC baseline: it is {side}, by a difference that these "
             f"test subjects cannot tell from none ({shown})"
         )
-    return f"{text}. {_against_guessing(evaluation)}"
+    parts = (_against_confounds(evaluation), _against_guessing(evaluation, alpha))
+    return " ".join([f"{text}.", *(part for part in parts if part)])
 
 
-def _against_guessing(evaluation: Evaluation) -> str:
+def _difference(row: pd.Series) -> str:
+    values = interval(row["difference"], row["low"], row["high"])
+    how = ", corrected for the number of comparisons" if "p_holm" in row else ""
+    return f"difference in {METRICS[str(row['metric'])].label} {values}, p {p_value(_p(row))}{how}"
+
+
+def _against_confounds(evaluation: Evaluation) -> str:
+    table = _versus(evaluation, "confounds")
+    if not len(table):
+        return ""
+    row = table.iloc[0]
+    used = evaluation.notes.get("baselines", {}).get("confounds", {}).get("columns")
+    known = join([CONFOUNDS[name] for name in used]) if used else "head motion and site"
+    if row["better"] == evaluation.model:
+        return f"It is better than what {known} alone predict ({_difference(row)})."
+    how = "is worse than" if row["better"] == "confounds" else "does not beat"
+    return f"It {how} the confound model, what {known} alone predict ({_difference(row)})."
+
+
+def _against_guessing(evaluation: Evaluation, alpha: float) -> str:
     constant = "majority" if class_names(evaluation.predictions) else "mean"
     row = _versus(evaluation, constant).iloc[0]
     what = "chance" if constant == "majority" else "always naming the training mean"
-    if row["better"] == evaluation.model:
+    own = evaluation.metrics[evaluation.metrics["predictor"] == evaluation.model].iloc[0]
+    # Chance has a test of its own, by shuffled labels; the mean is a predictor like another.
+    chance = constant == "majority" and _p(own) <= alpha
+    if chance or (constant == "mean" and row["better"] == evaluation.model):
         return f"It is better than {what}."
     if row["better"] == constant:
         return f"It is worse than {what}."

@@ -10,9 +10,10 @@ import xarray
 import zarr
 from nilearn.connectome import ConnectivityMeasure
 
-from neuromamba.baselines import load_connectivity, rotate
 from neuromamba.connectivity import LARGEST_R, connectivity, fisher_z, read_z
 from neuromamba.files import InputError
+from neuromamba.linear_models import rotate
+from neuromamba.roi_features import load_connectivity
 from neuromamba.store import finish
 
 

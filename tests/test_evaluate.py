@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +16,16 @@ from fabricate import (
     make_split,
     predict_by_age_and_sex,
 )
-from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
 from neuromamba import evaluate
-from neuromamba.baselines import (
-    keep_common,
-    no_features,
-    predict_class,
-    predict_number,
-    rotate,
-)
 from neuromamba.config import Config
-from neuromamba.evaluate import FC, choose_subjects, run_evaluate, write_metrics
+from neuromamba.evaluate import (
+    choose_subjects,
+    predict_references,
+    run_evaluate,
+    write_metrics,
+)
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
 from neuromamba.tables import read_table, write_table
@@ -62,14 +58,14 @@ def results(config: Config, target: str) -> Path:
 def test_each_predictor_is_scored_on_the_same_test_subjects(config: Config) -> None:
     run_evaluate(config, "toy", "small", 0, "sex")
     predictions = read_table(results(config, "sex") / "predictions.tsv")
-    assert list(predictions["predictor"].unique()) == ["small", "fc", "majority"]
+    assert list(predictions["predictor"].unique()) == ["small", "fc", "confounds", "majority"]
     for _, rows in predictions.groupby("predictor"):
         assert list(rows["subject"]) == [f"sub-{i:03}" for i in range(24, 40)]
         assert (rows["y_score"] == rows["prob_male"]).all()
         assert ((rows["y_pred"] == "male") == (rows["prob_male"] > 0.5)).all()
         assert rows[["prob_female", "prob_male"]].sum(axis=1).to_numpy() == pytest.approx(1)
     metrics = read_table(results(config, "sex") / "metrics.tsv")
-    assert list(metrics.columns) == ["predictor", "metric", "value", "low", "high", "n"]
+    assert list(metrics.columns) == ["predictor", "metric", "value", "low", "high", "p", "n"]
     values = metrics.set_index(["predictor", "metric"])["value"]
     assert values["majority", "auroc"] == 0.5
     fc = predictions[predictions["predictor"] == "fc"]
@@ -81,7 +77,7 @@ def test_each_predictor_is_scored_on_the_same_test_subjects(config: Config) -> N
 def test_numbers_are_predicted_too(config: Config) -> None:
     run_evaluate(config, "toy", "small", 0, "age")
     predictions = read_table(results(config, "age") / "predictions.tsv")
-    assert list(predictions["predictor"].unique()) == ["small", "fc", "mean"]
+    assert list(predictions["predictor"].unique()) == ["small", "fc", "confounds", "mean"]
     assert predictions["y_score"].isna().all()
     labels = make_participants(Path(config.results).parent, N).set_index("participant_id")["age"]
     mean = predictions[predictions["predictor"] == "mean"]
@@ -115,8 +111,11 @@ def test_notes_tell_how_the_baseline_was_made(config: Config) -> None:
     assert notes["seen_subjects"] == []
     assert notes["classes"] == ["female", "male"]
     assert notes["train_labels"] == {"female": pytest.approx(1 / 3), "male": pytest.approx(2 / 3)}
-    assert notes["fc"]["n_rois"] + notes["fc"]["n_rois_dropped"] == 64
-    assert notes["fc"]["inverse_penalty"] > 0
+    fc, confounds = notes["baselines"]["fc"], notes["baselines"]["confounds"]
+    assert fc["n_rois"] + fc["n_rois_dropped"] == 64
+    assert fc["inverse_penalty"] > 0
+    assert fc["confounds_regressed"] == []
+    assert confounds["columns"] == ["age", "site", "tsnr"]  # of equal length, without confounds
 
 
 def test_the_baseline_is_the_same_beside_every_seed(config: Config) -> None:
@@ -129,6 +128,65 @@ def test_the_baseline_is_the_same_beside_every_seed(config: Config) -> None:
         tables.append(metrics.set_index("predictor"))
     pd.testing.assert_frame_equal(tables[0].loc[["fc"]], tables[1].loc[["fc"]])
     assert not tables[0].loc[["small"]].equals(tables[1].loc[["small"]])
+
+
+def test_every_predictor_has_p_and_calibration_and_the_model_is_compared_with_each(
+    config: Config,
+) -> None:
+    run_evaluate(config, "toy", "small", 0, "sex")
+    metrics = read_table(results(config, "sex") / "metrics.tsv").set_index(["predictor", "metric"])
+    names = ["auroc", "balanced_accuracy", "accuracy", "brier", "ece"]
+    assert list(metrics.loc["small"].index) == names
+    assert metrics.loc[("fc", "auroc"), "p"] < 0.05  # the signal carries the sex
+    assert metrics.loc[("majority", "auroc"), "p"] == 1
+    assert metrics.loc[("majority", "brier"), "value"] == pytest.approx(
+        (1 / 3) ** 2 * 10 / 16 + (2 / 3) ** 2 * 6 / 16
+    )
+    compared = read_table(results(config, "sex") / "comparison.tsv")
+    assert list(compared.columns) == [
+        *["predictor", "versus", "metric", "difference", "low", "high", "p", "better"]
+    ]
+    assert list(compared["versus"].unique()) == ["fc", "confounds", "majority"]
+    known = compared[compared["metric"] != "ece"]["p"]
+    assert known.between(1 / 5001, 1).all()
+    settled = compared[compared["better"].notna()]
+    assert (settled["p"] <= 0.05).all()
+
+
+def test_the_baselines_are_those_that_the_config_names(config: Config) -> None:
+    changes = {
+        "baselines": ["fc", "fc-svm", "roi-mean"],
+        "adjust": "regress",
+        "confounds": ["site"],
+        "bootstrap": 20,
+        "inner_folds": 2,
+    }
+    chosen = make_config(Path(config.results).parent, evaluate=changes)
+    run_evaluate(chosen, "toy", "small", 0, "age")
+    predictions = read_table(results(config, "age") / "predictions.tsv")
+    names = ["small", "fc", "fc-svm", "roi-mean", "mean"]
+    assert list(predictions["predictor"].unique()) == names
+    notes = read_json(results(config, "age") / "notes.json")
+    assert notes["adjust"] == "regress"
+    assert notes["baselines"]["fc-svm"]["confounds_regressed"] == ["site"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate": {"baselines": ["fc", "fc-partial"]}}, "fc-partial.*rois.connectivity"),
+        ({"evaluate": {"baselines": ["confounds"]}}, "must have fc among them"),
+        ({"evaluate": {"baselines": ["fc", "fc"]}}, "names one twice"),
+        ({"evaluate": {"confounds": ["handedness"]}}, "handedness|confounds"),
+    ],
+)
+def test_baselines_that_cannot_be_are_refused_early(
+    tmp_path: Path, changes: dict[str, dict[str, object]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **changes)
+    rois = {"cube": 24.0, "connectivity": ["pearson", "partial"]}
+    make_config(tmp_path, evaluate={"baselines": ["fc", "fc-partial"]}, rois=rois)
 
 
 # --- Whom a model has seen ----------------------------------------------------------------------
@@ -206,7 +264,7 @@ def test_a_class_that_training_lacks_gets_no_probability(config: Config) -> None
     target = {"kind": "classification", "column": "sex", "classes": classes}
     config = make_config(Path(config.results).parent, dataset={"targets": {"sex": target}})
     subjects = choose_subjects(config, "toy", "sex")
-    table, _ = evaluate.predict_fc(config, "toy", subjects)
+    table = predict_references(config, "toy", "sex", subjects)[0]["fc"]
     assert list(table) == ["prob_alpha", "prob_beta", "prob_gamma"]
     assert (table["prob_gamma"] == 0).all()
     assert table.sum(axis=1).to_numpy() == pytest.approx(1)
@@ -232,96 +290,4 @@ def test_a_model_that_was_not_trained_is_named(config: Config) -> None:
 
 def test_a_model_cannot_have_a_baselines_name(config: Config) -> None:
     with pytest.raises(InputError, match="'fc' is the name of a baseline"):
-        run_evaluate(config, "toy", FC, 0, "sex")
-
-
-# --- Baselines ----------------------------------------------------------------------------------
-
-
-def features(n: int = 60, p: int = 500, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    values = rng.normal(size=(n, p)).astype(np.float32)
-    return values, values[:, :20].sum(axis=1) + rng.normal(size=n)
-
-
-def test_rotated_features_give_the_same_linear_models() -> None:
-    x, signal = features()
-    train, test = x[:40], x[40:]
-    centred = train - train.mean(axis=0)
-    size = np.sqrt((centred**2).sum(axis=1).mean())
-    rotated, rotated_test = rotate(train, test)
-    assert rotated.shape[1] <= 40
-    ridge = Ridge(alpha=0.5).fit(centred / size, signal[:40])
-    expected = ridge.predict((test - train.mean(axis=0)) / size)
-    found = Ridge(alpha=0.5).fit(rotated, signal[:40]).predict(rotated_test)
-    assert found == pytest.approx(expected, abs=1e-4)
-    label = signal[:40] > 0
-    logistic = LogisticRegression(C=3, tol=1e-8, max_iter=5000)
-    expected = logistic.fit(centred / size, label).predict_proba((test - train.mean(axis=0)) / size)
-    assert logistic.fit(rotated, label).predict_proba(rotated_test) == pytest.approx(
-        expected, abs=1e-4
-    )
-
-
-def test_what_can_be_learnt_is_learnt() -> None:
-    x, signal = features(n=500, p=100)
-    probability, _ = predict_class(x[:400], (signal[:400] > 0).astype(np.int64), x[400:], 5, 0)
-    assert roc_auc_score(signal[400:] > 0, probability[:, 1]) > 0.9
-    predicted, _ = predict_number(x[:400], signal[:400], x[400:], 5, 0)
-    assert np.corrcoef(predicted, signal[400:])[0, 1] > 0.9
-
-
-def test_noise_is_not_learnt() -> None:
-    scores = []
-    for seed in range(10):
-        x, _ = features(n=120, seed=seed)
-        label = np.random.default_rng(seed + 99).integers(2, size=120)
-        probability, _ = predict_class(x[:60], label[:60], x[60:], 5, 0)
-        scores.append(roc_auc_score(label[60:], probability[:, 1]))
-    assert abs(np.mean(scores) - 0.5) < 0.08
-
-
-@pytest.mark.parametrize("rare", [1, 2])
-def test_a_class_of_one_or_two_subjects_is_enough(rare: int) -> None:
-    x, _ = features(n=20)
-    label = np.array([1] * rare + [0] * (18 - rare), dtype=np.int64)
-    probability, chosen = predict_class(x[:18], label, x[18:], 5, 0)
-    assert probability.shape == (2, 2)
-    assert chosen == 1.0 if rare == 1 else chosen > 0
-
-
-def test_features_that_do_not_vary_give_the_base_rate() -> None:
-    label = np.array([0, 1] * 5, dtype=np.int64)
-    probability, _ = predict_class(np.ones((10, 4)), label, np.ones((3, 4)), 5, 0)
-    assert probability == pytest.approx(0.5)
-
-
-def test_pairs_that_many_lack_are_dropped_and_others_filled() -> None:
-    values = np.arange(20 * 6, dtype=np.float32).reshape(20, 6)
-    values[:5, [0, 1, 2]] = np.nan  # ROI 0, in pairs with 1, 2 and 3, in 5 of 18 subjects
-    values[7, 3] = values[19, 4] = np.nan
-    found = keep_common(values, 18, 4)
-    assert found.train.shape == (18, 3)
-    assert (found.n_rois, found.n_dropped) == (3, 1)
-    assert found.missing == pytest.approx(2 / 60)
-    rotated, rotated_test = rotate(found.train, found.test)
-    assert np.isfinite(rotated).all()
-    assert np.isfinite(rotated_test).all()
-    values[:9] = np.nan
-    with pytest.raises(InputError, match="no two of the 4 ROIs"):
-        keep_common(values, 18, 4)
-
-
-def test_guessing_knows_the_training_labels_only() -> None:
-    labels = pd.Series(["a", "b", "b", "b"])
-    assert no_features(labels, ["a", "b", "c"]) == {"a": 0.25, "b": 0.75, "c": 0.0}
-    assert no_features(pd.Series([1.0, 2.0, 6.0]), []) == {"value": 3.0}
-
-
-def test_five_hundred_subjects_and_an_atlas_of_400_take_seconds() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((500, 76_000), dtype=np.float32)
-    label = rng.integers(2, size=500)
-    start = time.perf_counter()
-    predict_class(x[:450], label[:450], x[450:], 5, 0)
-    assert time.perf_counter() - start < 40
+        run_evaluate(config, "toy", "fc", 0, "sex")

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 from sklearn import metrics as reference
+from sklearn.calibration import calibration_curve
 
 from neuromamba.files import InputError
-from neuromamba.metrics import compare, compute_metrics, weighted_auroc
+from neuromamba.metrics import compare, compute_metrics
+from neuromamba.weighted_metrics import calibration_error, weighted_auroc
 
 
 def classification(n: int = 60, classes: int = 2, seed: int = 0, name: str = "m") -> pd.DataFrame:
@@ -58,8 +60,48 @@ def test_classification_metrics_are_scikit_learns(classes: int) -> None:
         "auroc": reference.roc_auc_score(true, score, multi_class="ovr"),
         "balanced_accuracy": reference.balanced_accuracy_score(table["y_true"], table["y_pred"]),
         "accuracy": reference.accuracy_score(table["y_true"], table["y_pred"]),
+        "brier": reference.brier_score_loss(true, score),
     }
+    del found["ece"]
     assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_calibration_error_is_that_of_the_reliability_curve() -> None:
+    table = classification(n=200)
+    true, score = table["y_true"] == "c1", table["prob_c1"].to_numpy()
+    share, predicted = calibration_curve(true, score, n_bins=10)
+    counts = np.bincount(np.digitize(score, np.linspace(0, 1, 11)[1:-1], right=True))
+    expected = np.abs(share - predicted) @ counts[counts > 0] / 200
+    assert values(compute_metrics(table, 10, 0.95, 0))["ece"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_with_more_classes_the_calibration_error_is_of_the_most_probable_one() -> None:
+    table = classification(n=40, classes=3)
+    table[["prob_c0", "prob_c1", "prob_c2"]] = [0.75, 0.15, 0.1]
+    error = abs(0.75 - (table["y_true"] == "c0").mean())
+    assert values(compute_metrics(table, 10, 0.95, 0))["ece"] == pytest.approx(error)
+
+
+def test_calibrated_probabilities_have_a_small_calibration_error_and_sharpened_ones_have_not() -> (
+    None
+):
+    rng = np.random.default_rng(0)
+    share = rng.random(20_000)
+    true = (rng.random(20_000) < share).astype(np.int64)
+    ones = np.ones((1, 20_000))
+    error = calibration_error(true, np.column_stack([1 - share, share]))(ones)[0]
+    assert error < 0.02
+    sharp = share**3 / (share**3 + (1 - share) ** 3)
+    assert calibration_error(true, np.column_stack([1 - sharp, sharp]))(ones)[0] > 0.1
+
+
+def test_p_is_small_where_there_is_skill_and_one_where_there_is_none() -> None:
+    skilled = compute_metrics(classification(n=100), 10, 0.95, 0, 999).set_index("metric")["p"]
+    assert (skilled.drop("ece") == 0.001).all()
+    assert np.isnan(skilled["ece"])
+    constant = classification().assign(prob_c0=0.3, prob_c1=0.7)
+    found = compute_metrics(constant, 10, 0.95, 0).set_index("metric")["p"]
+    assert (found.drop("ece") == 1).all()
 
 
 def test_regression_metrics_are_scikit_learns() -> None:
@@ -102,6 +144,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_another() -> None
     first = compute_metrics(table, 50, 0.95, 0)
     pd.testing.assert_frame_equal(first, compute_metrics(table, 50, 0.95, 0))
     assert not first.equals(compute_metrics(table, 50, 0.95, 1))
+    first = first[first["metric"] != "ece"]  # which resampling makes larger
     assert (first["low"] < first["value"]).all()
     assert (first["value"] < first["high"]).all()
 
@@ -148,7 +191,10 @@ def test_a_better_predictor_is_told_from_a_worse_one_and_equals_are_not() -> Non
     turned = compare(table, "bad", "good", 500, 0.95, 0).set_index("metric")
     assert (turned["better"] == "good").all()
     same = pd.concat([classification(name="a"), classification(name="b")], ignore_index=True)
-    assert compare(same, "a", "b", 500, 0.95, 0)["better"].isna().all()
+    level = compare(same, "a", "b", 500, 0.95, 0).set_index("metric")
+    assert level["better"].isna().all()
+    assert (level["p"].drop("ece") == 1).all()
+    assert (found["p"] < 0.01).all()
 
 
 def test_a_true_class_without_a_column_is_refused() -> None:

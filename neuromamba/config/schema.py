@@ -23,6 +23,7 @@ from neuromamba.config.data import (
     Tokens,
     Volumes,
 )
+from neuromamba.config.evaluation import Evaluate as Evaluate
 from neuromamba.files import InputError
 
 # --- Training and evaluation --------------------------------------------------------------------
@@ -68,15 +69,6 @@ class Finetune(Optimiser):
     mode: Literal["full", "head"] = "full"
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     evaluation_windows: PositiveInt = 8
-
-
-class Evaluate(Section):
-    """Intervals over subjects, and the baselines' inner cross-validation."""
-
-    bootstrap: PositiveInt = 2000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    inner_folds: Annotated[int, Field(ge=2)] = 5
-    allow_seen_subjects: bool = False
 
 
 class Forecast(Section):
@@ -244,6 +236,15 @@ class Config(Section):
         studied = self.scaling.models or {}
         models = [(f"models.{name}", model) for name, model in self.models.items()]
         return models + [(f"scaling.models.{name}", model) for name, model in studied.items()]
+
+    @model_validator(mode="after")
+    def _baselines_have_their_connectivity(self) -> Config:
+        if "fc-partial" in self.evaluate.baselines and "partial" not in self.rois.connectivity:
+            raise ValueError(
+                "evaluate.baselines has fc-partial, which needs partial correlations: add partial "
+                f"to rois.connectivity ({', '.join(self.rois.connectivity)})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mixtures_are_of_datasets(self) -> Config:

@@ -1,0 +1,71 @@
+"""Say in words how each baseline was made, from what `evaluate` noted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+BASELINES = {
+    "fc": "FC baseline",
+    "fc-partial": "FC, partial correlation",
+    "fc-tangent": "FC, tangent space",
+    "fc-svm": "FC, support vector machine",
+    "fc-kernel-ridge": "FC, kernel ridge",
+    "roi-mean": "ROI means and SDs",
+    "confounds": "confound model",
+    "majority": "majority class",
+    "mean": "mean of training labels",
+}
+CONFOUNDS = {
+    "age": "age",
+    "sex": "sex",
+    "site": "site",
+    "mean_fd": "head motion",
+    "tsnr": "tSNR",
+    "n_volumes": "number of volumes",
+    "n_voxels": "brain size",
+}
+METHODS = {
+    "fc-svm": ("a linear support vector machine", "linear support vector regression"),
+    "fc-kernel-ridge": ("kernel ridge classification", "kernel ridge regression"),
+}
+
+
+def join(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def describe_baselines(notes: dict[str, Any], classes: bool) -> list[str]:
+    """How each baseline was made, a sentence each."""
+    told = []
+    for name, facts in notes["baselines"].items():
+        if name == "confounds":
+            features = (
+                f"{join([CONFOUNDS[column] for column in facts['columns']])} and nothing else"
+            )
+        else:
+            features = _describe_features(facts)
+        method = METHODS.get(name, ("logistic regression", "ridge regression"))[not classes]
+        told.append(
+            f"{BASELINES[name]}: {method} on {features}, trained on the {notes['n_train']} "
+            f"labelled subjects of the training and validation parts; inverse penalty "
+            f"{facts['inverse_penalty']:g}, chosen by cross-validation within them"
+        )
+    return told
+
+
+def _describe_features(facts: dict[str, Any]) -> str:
+    what = {
+        "pearson": "the Fisher z of {} pairs of {} ROIs",
+        "partial": "the Fisher z of the partial correlations of {} pairs of {} ROIs",
+        "tangent": "{} values of the tangent space of {} ROIs",
+    }.get(facts["kind"], "{} means and SDs of the series of {} ROIs")
+    text = what.format(f"{facts['n_features']:,}", facts["n_rois"])
+    text += (
+        f" ({facts['n_rois_dropped']} ROIs left out because more than a tenth of the training "
+        "subjects lack them)"
+    )
+    if regressed := facts["confounds_regressed"]:
+        text += f", with {join([CONFOUNDS[column] for column in regressed])} regressed out of them"
+    return text

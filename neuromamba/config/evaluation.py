@@ -1,0 +1,43 @@
+"""The schema of the evaluation: intervals, tests, and the baselines that models must beat."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from neuromamba.config.data import Section
+
+Baseline = Literal[
+    "fc", "fc-partial", "fc-tangent", "fc-svm", "fc-kernel-ridge", "roi-mean", "confounds"
+]
+Confound = Literal["age", "sex", "site", "mean_fd", "tsnr", "n_volumes", "n_voxels"]
+
+
+class Evaluate(Section):
+    """Intervals over subjects, tests by permutation, and the baselines.
+
+    `baselines` are those of `neuromamba.baselines`; `confounds` is what the confound model sees,
+    and what `adjust: regress` takes out of the features of every other baseline. A column that is
+    the target itself is never among them.
+    """
+
+    bootstrap: PositiveInt = 2000
+    permutations: PositiveInt = 5000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    baselines: list[Baseline] = Field(default=["fc", "confounds"])
+    confounds: list[Confound] = Field(
+        default=["age", "sex", "site", "mean_fd", "tsnr", "n_volumes", "n_voxels"], min_length=1
+    )
+    adjust: Literal["none", "regress"] = "none"
+    inner_folds: Annotated[int, Field(ge=2)] = 5
+    allow_seen_subjects: bool = False
+
+    @model_validator(mode="after")
+    def _every_table_has_the_fc_baseline(self) -> Evaluate:
+        if "fc" not in self.baselines:
+            raise ValueError(f"baselines {self.baselines} must have fc among them")
+        for key in ("baselines", "confounds"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"{key} {getattr(self, key)} names one twice")
+        return self
