@@ -97,8 +97,10 @@ def test_the_damaged_scan_stops_nobody_and_is_named_with_the_reason(folder: Path
 
 def test_nothing_runs_again_and_a_new_or_mended_subject_runs_alone(folder: Path, root: Path):
     assert planned_jobs(folder, root) == {}
-    more = "preprocess={threads: 2, memory_mb: 9000}"
-    assert planned_jobs(folder, root, "--config", more) == {}
+    assert planned_jobs(folder, root, "--config", "preprocess={threads: 2}") == {}
+    # The one that failed is tried again with more memory.
+    more = planned_jobs(folder, root, "--config", "preprocess={memory_mb: 9000}")
+    assert more["preprocess_subject"] == 1
     whole = (folder / "data/raw/sub-02/func/sub-02_task-rest_bold.nii.gz").read_bytes()
     damaged = folder / "data/raw/sub-03/func/sub-03_task-rest_bold.nii.gz"
     cut = damaged.read_bytes()
