@@ -87,7 +87,7 @@ def apptainer_command(
     program = "apptainer" if shutil.which("apptainer") else "singularity"
     _find_program(program, settings.engine)
     licence = _licence(own)
-    binds = {bids: "/data:ro", output: "/out", work: "/work", licence: "/license.txt:ro"}
+    binds = {bids: "/data:ro", output: "/out", work: "/scratch", licence: "/license.txt:ro"}
     variables = [f"{VARIABLE}={token}"]
     templates = _templates(own, output_spaces(space, own))
     if templates is not None:
@@ -97,8 +97,8 @@ def apptainer_command(
     return [
         *(program, "run", "--cleanenv", "-B", ",".join(f"{p}:{at}" for p, at in binds.items())),
         *("--env", ",".join(variables), _image_file(own), "/data", "/out", "participant"),
-        *("-w", "/work", "--fs-license-file", "/license.txt"),
-        *("--bids-filter-file", "/work/bids_filter.json"),
+        *("-w", "/scratch", "--fs-license-file", "/license.txt"),
+        *("--bids-filter-file", "/scratch/bids_filter.json"),
         *_common(subject, space, settings),
     ]
 

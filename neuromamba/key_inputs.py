@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ UNKNOWN = "to be preprocessed"
 """Stands for the fingerprint of runs that are still to be made of raw scans."""
 
 
-class Inputs:
+class Inputs(ABC):
     """Scans, labels, atlases, splits and weights, each read once, when it is first asked for."""
 
     def __init__(self, config: Config):
@@ -40,9 +41,9 @@ class Inputs:
         self._labels: dict[str, pd.DataFrame] = {}
         self._outside: dict[Job, dict[str, str]] = {}
 
+    @abstractmethod
     def is_stale(self, job: Job) -> bool:
         """Whether a job has to run; of the preprocessing, on which the list of runs depends."""
-        raise NotImplementedError
 
     def _data(self, job: Job) -> Any:
         """What a job works on beside the results of those before it, JSON-able."""

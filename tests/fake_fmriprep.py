@@ -186,8 +186,8 @@ def apptainer(arguments: list[str]) -> int:
     for bind in arguments[arguments.index("-B") + 1].split(","):
         source, target = bind.split(":")[:2]
         places[target] = Path(source)
-    filters = places["/work"] / "bids_filter.json"
-    return fmriprep(places["/data"], places["/out"], places["/work"], arguments, filters)
+    filters = places["/scratch"] / "bids_filter.json"
+    return fmriprep(places["/data"], places["/out"], places["/scratch"], arguments, filters)
 
 
 def docker(arguments: list[str]) -> int:

@@ -87,11 +87,11 @@ def test_apptainer_is_called_by_its_own_command_line(tmp_path: Path, state: Path
     assert variables[1:] == ["TEMPLATEFLOW_HOME=/templateflow"]
     assert call == [
         *("apptainer", "run", "--cleanenv", "-B"),
-        f"{tmp_path}/raw:/data:ro,{tmp_path}/out:/out,{tmp_path}/work:/work,"
+        f"{tmp_path}/raw:/data:ro,{tmp_path}/out:/out,{tmp_path}/work:/scratch,"
         f"{tmp_path}/license.txt:/license.txt:ro,{templates}:/templateflow",
         *("--env", ",".join(variables), f"{tmp_path}/fmriprep.sif"),
-        *("/data", "/out", "participant", "-w", "/work"),
-        *("--fs-license-file", "/license.txt", "--bids-filter-file", "/work/bids_filter.json"),
+        *("/data", "/out", "participant", "-w", "/scratch"),
+        *("--fs-license-file", "/license.txt", "--bids-filter-file", "/scratch/bids_filter.json"),
         *("--participant-label", "01", "--output-spaces", "anat", "fsLR", f"{SPACE}:res-2"),
         *("--nthreads", "2", "--omp-nthreads", "2", "--mem_mb", "8000", "--notrack"),
         *("--skip-bids-validation", "--dummy-scans", "4"),
