@@ -120,7 +120,7 @@ def test_parallel_subjects_work_in_folders_of_their_own(tmp_path: Path, state: P
     assert [status["reason"] for status in statuses] == [None] * 4
     binds = [call[call.index("-B") + 1].split(",") for call in calls(state)]
     assert len({bind for each in binds for bind in each if bind.endswith(":/out")}) == 4
-    assert len({bind for each in binds for bind in each if bind.endswith(":/work")}) == 4
+    assert len({bind for each in binds for bind in each if bind.endswith(":/scratch")}) == 4
     for name, subject in raw_subjects(made, "d").items():
         assert subject is not None
         assert verify_subject(tmp_path / "derivatives", subject, SPACE) == {}
