@@ -7,6 +7,7 @@ from typing import Any
 
 BASELINES = {
     "fc": "FC baseline",
+    "fc-regress": "FC without confounds",
     "fc-partial": "FC, partial correlation",
     "fc-tangent": "FC, tangent space",
     "fc-svm": "FC, support vector machine",
@@ -47,10 +48,13 @@ def describe_baselines(notes: dict[str, Any], classes: bool) -> list[str]:
         else:
             features = _describe_features(facts)
         method = METHODS.get(name, ("logistic regression", "ridge regression"))[not classes]
+        chosen = "chosen by cross-validation within them"
+        if facts["folds"] < 2:
+            chosen = "not chosen, because the rarest class has one subject among them"
         told.append(
             f"{BASELINES[name]}: {method} on {features}, trained on the {notes['n_train']} "
             f"labelled subjects of the training and validation parts; inverse penalty "
-            f"{facts['inverse_penalty']:g}, chosen by cross-validation within them"
+            f"{facts['inverse_penalty']:g}, {chosen}"
         )
     return told
 

@@ -2,6 +2,7 @@
 
 - `fc`: functional connectivity (the first kind of `rois.connectivity`) with logistic or ridge
   regression. `fc-svm`, `fc-kernel-ridge`: the same features with other linear models.
+- `fc-regress`: as `fc`, with the confounds regressed out of the features.
 - `fc-partial`, `fc-tangent`: logistic or ridge regression on partial correlations and on tangent
   space.
 - `roi-mean`: on the mean and SD of each ROI's series, that is, without any connectivity.
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {"fc-svm": "svm", "fc-kernel-ridge": "kernel-ridge"
 NO_FEATURES = ("majority", "mean")
 BASELINES = (
     "fc",
+    "fc-regress",
     "fc-partial",
     "fc-tangent",
     "fc-svm",
@@ -57,14 +59,15 @@ class Subjects:
     train, test
         True label of each subject that has one, sorted by subject: `train` holds the training and
         the validation part of the split.
-    unlabelled
-        Subjects of the split without a label.
+    unlabelled, without_runs
+        Subjects of the split without a label, and with one but without a usable run.
     """
 
     classes: list[str]
     train: pd.Series
     test: pd.Series
     unlabelled: int
+    without_runs: int = 0
 
     @property
     def columns(self) -> list[str]:
@@ -80,7 +83,7 @@ def predict_baselines(
     Parameters
     ----------
     settings
-        Which baselines, inner folds, and whether confounds are regressed out of the features.
+        Which baselines, and inner folds.
     subjects
         Whom to learn from and whom to predict.
     stores, confounds
@@ -102,34 +105,34 @@ def predict_baselines(
     train, test = list(subjects.train.index), list(subjects.test.index)
     matrix, matrix_test, used = design(confounds, train, test)
     _refuse_no_confounds(settings, used)
-    regressed = (matrix, matrix_test) if settings.adjust == "regress" else None
     predicted: dict[str, pd.DataFrame] = {}
     notes: dict[str, dict[str, Any]] = {}
     kind, features = "", None
     # Those of the same features follow each other, and only the features in use are held.
     for name in sorted(settings.baselines, key=_features_of):
         if name == "confounds":
-            values, chosen = _predict(subjects, matrix, matrix_test, settings, seed)
-            predicted[name], notes[name] = values, {"inverse_penalty": chosen, "columns": used}
+            predicted[name], how = _predict(subjects, matrix, matrix_test, settings, seed)
+            notes[name] = {**how, "columns": used}
             continue
         if features is None or kind != _features_of(name):
             kind, features = _features_of(name), None
             features = _load(kind, stores, train, test)
         method = METHODS.get(name, "linear")
-        predicted[name], chosen = _predict(
+        regressed = (matrix, matrix_test) if name == "fc-regress" else None
+        predicted[name], how = _predict(
             subjects, features.train, features.test, settings, seed, method, regressed
         )
-        notes[name] = {"inverse_penalty": chosen, **_describe(features)}
-        notes[name]["confounds_regressed"] = used if regressed else []
+        out = used if regressed else []
+        notes[name] = {**how, **_describe(features), "confounds_regressed": out}
     return {n: predicted[n] for n in settings.baselines}, {n: notes[n] for n in settings.baselines}
 
 
 def _refuse_no_confounds(settings: Evaluate, used: Sequence[str]) -> None:
-    if not used and (settings.adjust == "regress" or "confounds" in settings.baselines):
+    if not used and {"confounds", "fc-regress"} & {*settings.baselines}:
         raise InputError(
             f"evaluate.confounds ({', '.join(settings.confounds)}): none of them is known of the "
-            "training subjects and differs between them; name others, or set evaluate.adjust: "
-            "none and leave confounds out of evaluate.baselines"
+            "training subjects and differs between them; name others, or leave confounds and "
+            "fc-regress out of evaluate.baselines"
         )
 
 
@@ -144,7 +147,7 @@ def _describe(features: Connectivity) -> dict[str, Any]:
 
 
 def _features_of(name: str) -> str:
-    return "fc" if name in METHODS else name
+    return "fc" if name in (*METHODS, "fc-regress") else name
 
 
 def _load(kind: str, stores: Stores, train: Sequence[str], test: Sequence[str]) -> Connectivity:
@@ -166,8 +169,10 @@ def _predict(
     seed: int,
     method: Method = "linear",
     regressed: Confounds | None = None,
-) -> tuple[pd.DataFrame, float]:
-    """Predictions in the form of `predict_baselines`, and the inverse penalty chosen."""
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Predictions in the form of `predict_baselines`, and the inverse penalty with its folds."""
+    counts = subjects.train.value_counts() if subjects.classes else [len(subjects.train)]
+    folds = int(min(settings.inner_folds, *counts))
     how = (settings.inner_folds, seed, method, regressed)
     index = subjects.test.index
     if subjects.classes:
@@ -175,12 +180,14 @@ def _predict(
         labels = np.array([present.index(name) for name in subjects.train], dtype=np.int64)
         values, chosen = predict_class(train, labels, test, *how)
         table = pd.DataFrame(values, index, [PROBABILITY + name for name in present])
-        return table.reindex(columns=subjects.columns, fill_value=0.0), chosen
+        table = table.reindex(columns=subjects.columns, fill_value=0.0)
+        return table, {"inverse_penalty": chosen, "folds": folds}
     numbers = subjects.train.to_numpy(float)
     # Standardised, so that one grid of penalties suits every unit.
     mean, sd = numbers.mean(), numbers.std()
     scaled, chosen = predict_number(train, (numbers - mean) / sd, test, *how)
-    return pd.DataFrame({"value": mean + sd * scaled}, index), chosen
+    table = pd.DataFrame({"value": mean + sd * scaled}, index)
+    return table, {"inverse_penalty": chosen, "folds": folds}
 
 
 def no_features(labels: pd.Series, classes: Sequence[str]) -> dict[str, Any]:

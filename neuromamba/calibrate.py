@@ -196,14 +196,13 @@ def learn_level(
     if cloud is not None:
         distances["training"] = np.sort(cross_fitted(embeddings)).tolist()
         distances["validation"] = np.sort(cloud.distances(others)).tolist()
-    facts: dict[str, Any] = dict.fromkeys(("rescaling", "note", "error_mean", "error_sd"))
+    facts: dict[str, Any] = dict.fromkeys(("rescaling", "note"))
     if classes:
         found = fit_rescaling(values, truth, classes)
         facts["note" if isinstance(found, str) else "rescaling"] = found
         scores = class_scores(values, truth, classes)
     else:
         errors = values[:, 0] - truth
-        facts |= {"error_mean": float(errors.mean()), "error_sd": float(errors.std())}
         scores = {VALUE: np.sort(np.abs(errors)).tolist()}
     return OfLevel(scores=scores, distances=distances, **facts), cloud
 

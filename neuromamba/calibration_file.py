@@ -44,8 +44,6 @@ class OfLevel(_Frozen):
     scores
         By class, how strange its validation subjects are as one of it; or under `value` absolute
         errors. Ascending.
-    error_mean, error_sd
-        Of predictions of a number, over validation subjects.
     distances
         Of `training` (cross-fitted) and `validation` subjects, in SD; empty where there is no
         cloud. Ascending.
@@ -54,8 +52,6 @@ class OfLevel(_Frozen):
     rescaling: Rescaling | None
     note: str | None
     scores: dict[str, list[float]]
-    error_mean: float | None
-    error_sd: float | None
     distances: dict[str, list[float]]
 
 

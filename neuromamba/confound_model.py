@@ -1,15 +1,16 @@
 """What is known of a subject without its brain signal: age, sex, site, head motion and size.
 
-They are what the confound model predicts from, and what `evaluate.adjust: regress` takes out of the
-features of the other baselines. A model that does not beat them may have learnt who moved, or which
-scanner was used.
+They are what the confound model predicts from, and what `fc-regress` takes out of the FC. A model
+that does not beat them may have learnt who moved, or which scanner was used.
 
-- `age` and `sex` are the columns of the table of subjects that are called so (`gender` too), `site`
-  that of `participants.site_column`. The target's own column is never among them.
+- `age` and `sex` are what the dataset's targets of these names are told by, or else the columns of
+  the table of subjects that are called so; `site` is `participants.site_column`. What the target is
+  told by is never among them, under whatever name.
 - `mean_fd` (framewise displacement by the confounds of the preprocessing, mm), `tsnr` and
   `n_voxels` (brain voxels) are means over a subject's runs, `n_volumes` is their sum.
 - A column that no training subject has a value in is left out. Missing numbers become the training
-  median; a missing site or sex is a category of its own, and one that training lacks is none.
+  median; a missing site or sex is a category of its own, and one that training lacks is none of
+  those that it has.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from neuromamba.bids_scan import subject_name
-from neuromamba.config import Config
+from neuromamba.config import Config, Dataset
+from neuromamba.files import InputError
 from neuromamba.layout import Layout
-from neuromamba.participants import MISSING
+from neuromamba.participants import read_rows
 from neuromamba.qc_metrics import read_motion
 from neuromamba.stage import read_manifest
 from neuromamba.tables import read_table
@@ -59,23 +60,32 @@ def confounds_of(config: Config, dataset: str, target: str, runs: pd.DataFrame) 
 
 
 def _of_people(config: Config, dataset: str, target: str) -> pd.DataFrame:
-    settings = config.datasets[dataset].participants
-    if settings is None:
+    settings = config.datasets[dataset]
+    if settings.participants is None:
         return pd.DataFrame()
-    table = read_table(settings.file, dtype=str, na_values=MISSING)
-    table.columns = table.columns.str.strip()
-    subjects = pd.Index(table[settings.id_column].map(subject_name), name="subject")
-    own = config.datasets[dataset].targets[target].column
+    table = read_rows(settings.participants)
+    own = settings.targets[target].column
+    told_by = {_plain(target), _plain(own)}
     columns = {}
-    for column in table.columns:
-        name = ALSO_CALLED.get(column.lower(), column.lower())
-        name = "site" if column == settings.site_column else name
-        if column != own and name in ("age", *CATEGORIES) and name not in columns:
+    for name in ("age", *CATEGORIES):
+        column = _column_of(name, settings, list(map(str, table)))
+        if column in table and column != own and name not in told_by:
             cells = table[column].str.strip()
             columns[name] = cells if name in CATEGORIES else pd.to_numeric(cells, errors="coerce")
-    if settings.site_column is None:
-        columns.pop("site", None)
-    return pd.DataFrame(columns).set_axis(subjects)
+    return pd.DataFrame(columns, index=table.index)
+
+
+def _column_of(name: str, settings: Dataset, columns: Sequence[str]) -> str | None:
+    """The column of the table of subjects that tells a confound."""
+    if name == "site":
+        return settings.participants.site_column if settings.participants else None
+    if name in settings.targets:
+        return settings.targets[name].column
+    return next((column for column in columns if _plain(column) == name), None)
+
+
+def _plain(name: str) -> str:
+    return ALSO_CALLED.get(name.lower(), name.lower())
 
 
 def _of_runs(config: Config, dataset: str, runs: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +94,9 @@ def _of_runs(config: Config, dataset: str, runs: pd.DataFrame) -> pd.DataFrame:
     table = runs.set_index("run")
     files = index["confounds"].to_dict() if "confounds" in index else {}
     lengths = index["n_volumes"].to_dict()
-    table = table.assign(mean_fd=[_mean_fd(files.get(run), lengths[run]) for run in table.index])
+    if "mean_fd" in config.evaluate.confounds:
+        fd = [_mean_fd(files.get(run), lengths[run]) for run in table.index]
+        table = table.assign(mean_fd=fd)
     for stage, names in (("volumes", ("n_volumes", "n_voxels")), ("rois", ("tsnr",))):
         parts = [read_manifest(layout, stage, k) for k in range(config.compute.batches)]
         made = pd.concat(parts, ignore_index=True).set_index("run")
@@ -99,8 +111,13 @@ def _of_runs(config: Config, dataset: str, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mean_fd(path: object, n_volumes: float) -> float:
-    if not isinstance(path, str) or not Path(path).exists():
+    if not isinstance(path, str):
         return np.nan
+    if not Path(path).exists():
+        raise InputError(
+            f"{path} is not there, which the index names: bring the confounds back, or leave "
+            "mean_fd out of evaluate.confounds"
+        )
     fd = read_motion(path, int(n_volumes)).fd
     return np.nan if fd is None else float(np.nanmean(fd))
 

@@ -64,22 +64,27 @@ def fisher_z(correlation: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     return np.arctanh(np.clip(correlation, -LARGEST_R, LARGEST_R))
 
 
-def read_z(store: Path) -> tuple[str, npt.NDArray[np.float64]]:
-    """The first kind of connectivity of a ROI store, and its Fisher z, however it is stored.
+def read_z(store: Path, kind: str | None = None) -> tuple[str, npt.NDArray[np.float64]]:
+    """A kind of connectivity of a ROI store (the first by default), and its Fisher z.
 
     Raises
     ------
     InputError
-        When the store is unreadable, or of an older version.
+        When the store is unreadable, of an older version, or without this kind.
     """
     try:
         with xarray.open_zarr(store, chunks=None) as rois:
-            kind = str(rois.attrs["connectivity"][0])
-            fc = rois[VARIABLES[kind]]
+            found = kind or str(rois.attrs["connectivity"][0])
+            fc = rois[VARIABLES[found]]
             values = fc.values.astype(np.float64)
             z = values if fc.attrs["fisher_z"] else fisher_z(values)
-            return kind, np.asarray(z, dtype=np.float64)
+            return found, np.asarray(z, dtype=np.float64)
     except (FileNotFoundError, ValueError, KeyError) as error:
+        if kind is not None:
+            raise InputError(
+                f"{store}: holds no {kind} connectivity ({error}); add {kind} to rois.connectivity "
+                "and run rois"
+            ) from None
         raise InputError(f"{store}: not a readable ROI store ({error}); run rois") from None
 
 

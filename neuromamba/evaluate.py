@@ -35,7 +35,9 @@ from neuromamba.tables import read_table, write_table
 
 
 def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
-    """Join the split with the labels of one target.
+    """Join the split with the labels of one target, and with the subjects that have good runs.
+
+    A split outlives the runs of a subject, which another atlas or rule of quality may leave out.
 
     Raises
     ------
@@ -45,13 +47,17 @@ def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
     settings = config.datasets[dataset]
     kind = settings.targets[target]
     split = read_split(Layout.of(config, dataset).split)
-    labels = read_participants(settings)[target].dropna()
+    everybody = [*split["train"], *split["validation"], *split["test"]]
+    labels = read_participants(settings)[target].reindex(everybody).dropna()
+    has_runs = labels.index.isin(_good_runs(config, dataset)["subject"])
+    lost, labels = int((~has_runs).sum()), labels[has_runs]
     train = labels.reindex(sorted([*split["train"], *split["validation"]])).dropna()
     test = labels.reindex(split["test"]).dropna()
     where = f"{settings.participants and settings.participants.file}: column {kind.column!r}"
     if len(train) < 2 or len(test) < 2:
         raise InputError(
-            f"{where} has a label for {len(train)} training and {len(test)} test subject(s); "
+            f"{where} has a label for {len(train)} training and {len(test)} test subject(s) with "
+            "usable runs; "
             "evaluation needs 2 of each: add labels, subjects, or share (splits.test)"
         )
     if train.nunique() < 2:
@@ -60,8 +66,8 @@ def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
             "there is nothing to tell apart: correct the target's `classes` or remove the target"
         )
     classes = list(kind.classes) if kind.kind == "classification" else []
-    total = sum(len(part) for part in split.values())
-    return Subjects(classes, train, test, total - len(train) - len(test))
+    unlabelled = len(everybody) - lost - len(train) - len(test)
+    return Subjects(classes, train, test, unlabelled, lost)
 
 
 def find_seen(config: Config, dataset: str, info: dict[str, Any], test: Sequence[str]) -> list[str]:
@@ -168,10 +174,10 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
         "n_train": len(subjects.train),
         "n_test": len(subjects.test),
         "n_unlabelled": subjects.unlabelled,
+        "n_without_runs": subjects.without_runs,
         "classes": subjects.classes,
         "train_labels": share,
         "baselines": baseline_notes,
-        "adjust": config.evaluate.adjust,
         "seen_subjects": seen,
     }
     write_json(folder / "notes.json", notes)

@@ -12,12 +12,11 @@ import pandas as pd
 
 from neuromamba.anat_scan import find_anatomicals
 from neuromamba.atlases import atlas_digest, is_named
-from neuromamba.bids_scan import subject_name
 from neuromamba.config import Config
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.listing import LISTING_COLUMNS, list_runs_of
-from neuromamba.participants import read_participants
+from neuromamba.participants import read_participants, read_rows
 from neuromamba.qc_rules import left_out
 from neuromamba.raw_bids import fingerprint_subject
 from neuromamba.raw_listing import failed_runs, raw_subjects
@@ -152,11 +151,8 @@ class Inputs(ABC):
             return None
 
         def digest() -> str:
-            table = read_table(participants.file, dtype=str)
-            name = table.columns[table.columns.str.strip() == participants.id_column][0]
-            known = table[name].map(subject_name).isin(self._subjects(dataset))
-            rows = table[known].sort_values(name).astype(str)
-            return digest_json([list(table), rows.to_numpy().tolist()])
+            rows = read_rows(participants).reindex(self._subjects(dataset))
+            return digest_json([list(rows), rows.astype(str).to_numpy().tolist()])
 
         return self._digest(job, f"facts of {dataset}", participants.file, digest)
 

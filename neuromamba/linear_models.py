@@ -56,7 +56,8 @@ Confounds = tuple[Matrix, Matrix]
 class RegressOut(TransformerMixin, BaseEstimator):
     """Take the last `n_confounds` columns, and the mean, out of the others by least squares.
 
-    With no confounds it centres. The result lacks the columns of the confounds.
+    With no confounds it centres. The result lacks the columns of the confounds. Of categories with
+    a column each, one that was not fitted counts as the mean of the others, each counted once.
     """
 
     def __init__(self, n_confounds: int = 0) -> None:
@@ -64,18 +65,21 @@ class RegressOut(TransformerMixin, BaseEstimator):
 
     def fit(self, x: Matrix, y: npt.NDArray[Any] | None = None) -> RegressOut:
         """Estimate the coefficients on (subject, feature + confound)."""
-        features, design = self._split(x)
-        self.coefficients_ = np.linalg.lstsq(design, features, rcond=None)[0]
+        # Centred, because a constant beside a column for each category would not be determined.
+        self.mean_ = x.mean(axis=0)
+        features, confounds = self._split(x)
+        self.coefficients_ = np.linalg.lstsq(confounds, features, rcond=None)[0]
         return self
 
     def transform(self, x: Matrix) -> Matrix:
         """(subject, feature + confound) -> (subject, feature)."""
-        features, design = self._split(x)
-        return np.asarray(features - design @ self.coefficients_)
+        features, confounds = self._split(x)
+        return np.asarray(features - confounds @ self.coefficients_)
 
     def _split(self, x: Matrix) -> tuple[Matrix, Matrix]:
         cut = x.shape[1] - self.n_confounds
-        return x[:, :cut], np.column_stack([np.ones(len(x)), x[:, cut:]])
+        centred = x - self.mean_
+        return centred[:, :cut], centred[:, cut:]
 
 
 def rotate(

@@ -44,7 +44,6 @@ HIGHER_IS_BETTER = {
     "pearson_r": True,
     "r2": True,
 }
-PERMUTATIONS = 1000
 BLOCK = 2_000_000
 """Weights held at once (16 MB in float64)."""
 
@@ -54,7 +53,7 @@ def compute_metrics(
     resamples: int,
     confidence: float,
     seed: int,
-    permutations: int = PERMUTATIONS,
+    permutations: int,
 ) -> pd.DataFrame:
     """Every metric of every predictor in a table of predictions.
 
@@ -95,7 +94,7 @@ def compare(
     resamples: int,
     confidence: float,
     seed: int,
-    permutations: int = PERMUTATIONS,
+    permutations: int,
 ) -> pd.DataFrame:
     """Difference `first - second` in each metric, with a paired bootstrap interval and a paired p.
 

@@ -40,9 +40,8 @@ def read_participants(dataset: Dataset) -> pd.DataFrame:
                 "participants.file in the dataset YAML"
             )
         return pd.DataFrame({"site": pd.Series(dtype="string")}, index=pd.Index([], name="subject"))
-    table = read_table(settings.file, dtype=str, na_values=MISSING)
-    table.columns = table.columns.str.strip()
-    subjects = _subjects(table, settings)
+    table = read_rows(settings)
+    subjects = table.index.to_series()
     site = (
         _column(table, settings.site_column, "participants.site_column", settings.file)
         if settings.site_column
@@ -58,7 +57,20 @@ def read_participants(dataset: Dataset) -> pd.DataFrame:
             if isinstance(target, Classification)
             else _numbers(cells, subjects, target, settings.file)
         ).array
-    return pd.DataFrame(columns, index=pd.Index(subjects, name="subject"))
+    return pd.DataFrame(columns, index=table.index)
+
+
+def read_rows(settings: Participants) -> pd.DataFrame:
+    """All that the table says, as text indexed by subject (`sub-01`).
+
+    Raises
+    ------
+    InputError
+        When there is no such table, or a subject has no id or two rows.
+    """
+    table = read_table(settings.file, dtype=str, na_values=MISSING)
+    table.columns = table.columns.str.strip()
+    return table.set_index(pd.Index(_subjects(table, settings), name="subject"))
 
 
 def check_participants(dataset: Dataset, subjects: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ alignment. Here both are high-pass filtered within their common mask (a Gaussian
 taken off), which leaves gyri, ventricles and deep nuclei. The score is the multiple correlation of
 the EPI's detail with that of three maps of the template: T1w, gray matter and white matter. Their
 weights are fitted to each run, so that any contrast will do; a contrast cannot be fitted to tissue
-that lies elsewhere. It is 0 to 1 and falls to a third when a scan is moved by 8 mm or mirrored.
+that lies elsewhere. It is 0 to 1 and falls to a third when a scan is moved by 8 mm or turned back
+to front.
 """
 
 from __future__ import annotations

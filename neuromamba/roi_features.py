@@ -22,10 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xarray
 from tqdm import tqdm
 
-from neuromamba.connectivity import VARIABLES, fisher_z, read_z
+from neuromamba.connectivity import read_z
 from neuromamba.files import InputError
 
 MAX_MISSING = 0.1
@@ -73,7 +72,7 @@ def mean_connectivity(stores: Sequence[Path], kind: str | None = None) -> npt.ND
     total: npt.NDArray[np.float64] | None = None
     count: npt.NDArray[np.int_] | None = None
     for store in stores:
-        z = read_z(store)[1] if kind is None else _read_kind(store, kind)
+        z = read_z(store, kind)[1]
         if total is None or count is None:
             total, count = np.zeros_like(z), np.zeros(z.shape, dtype=int)
         elif total.shape != z.shape:
@@ -92,7 +91,7 @@ def mean_connectivity(stores: Sequence[Path], kind: str | None = None) -> npt.ND
 def load_connectivity(
     stores: Stores, train: Sequence[str], test: Sequence[str], kind: str | None = None
 ) -> Connectivity:
-    """Read the FC of `train` and `test` subjects and choose the ROIs that all of `train` have.
+    """Read the FC of `train` and `test` subjects, for the ROIs that most of `train` have.
 
     Parameters
     ----------
@@ -124,20 +123,6 @@ def load_connectivity(
     found = keep_common(np.stack(features), len(train), n_rois)
     _warn_of_missing(found, test)
     return replace(found, kind=kind or read_z(stores[train[0]][0])[0])
-
-
-def _read_kind(store: Path, kind: str) -> npt.NDArray[np.float64]:
-    """Fisher z of one kind of connectivity, however it is stored."""
-    try:
-        with xarray.open_zarr(store, chunks=None) as rois:
-            fc = rois[VARIABLES[kind]]
-            values = fc.values.astype(np.float64)
-            return np.asarray(values if fc.attrs["fisher_z"] else fisher_z(values))
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{store}: holds no {kind} connectivity ({error}); add {kind} to rois.connectivity and "
-            "run rois"
-        ) from None
 
 
 def _warn_of_missing(found: Connectivity, test: Sequence[str]) -> None:

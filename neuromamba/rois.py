@@ -4,7 +4,7 @@ Design choices
 --------------
 - Every run of a dataset has the same ROIs in the same order. One of which nothing, or less than
   `rois.min_coverage`, lies in a run's brain mask is NaN there, never 0; how much of each ROI
-  does is stored as `coverage`. Who compares subjects leaves such ROIs out.
+  does is stored as `coverage`. Who compares subjects has to deal with such gaps.
 - The atlas meets the grid through the two affines, nearest neighbour, so that it may have any
   resolution and any orientation, as long as it is in the run's space or one near it
   (`neuromamba.atlases`), which is stored.

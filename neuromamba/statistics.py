@@ -10,23 +10,21 @@ Design choices
   al. 2005), predictions are standardised for Pearson's r.
 - The observed arrangement counts as one of the permutations, so that no p is 0 (Phipson and Smyth
   2010): the smallest is 1 / (permutations + 1).
-- Both are about the test subjects at hand, for predictors that are already trained. Over repeated
-  splits, whose training sets overlap, `corrected_t_test` is the one to use; seeds on one split
-  share all of their training subjects, which its correction is not made for.
+- Both are about the test subjects at hand, for predictors that are already trained. They say
+  nothing of other training subjects or seeds.
 - What is undefined (an AUROC with one class, the r of a constant) has no p: NaN.
 
 Sources: Bandos, Rockette and Gur 2005 (doi:10.1002/sim.2149); Phipson and Smyth 2010
-(doi:10.2202/1544-6115.1585); Nadeau and Bengio 2003 (doi:10.1023/A:1024068626366).
+(doi:10.2202/1544-6115.1585).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import false_discovery_control, rankdata, t
+from scipy.stats import rankdata
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -163,57 +161,13 @@ def compare_numbers(
     return _p_values(map(statistics, swaps(len(true), permutations, seed)), two_sided=True)
 
 
-def corrected_t_test(
-    differences: Sequence[float] | Floats, n_train: int, n_test: int
-) -> tuple[float, float]:
-    """Nadeau and Bengio's t test of the differences of two predictors over repeated splits.
-
-    The plain test takes the splits for independent, which they are not, as they share subjects;
-    here the variance grows by the share n_test / n_train.
-
-    Parameters
-    ----------
-    differences
-        (split,) difference in a metric on the test subjects of each split.
-    n_train, n_test
-        Subjects of a split's two parts.
-
-    Returns
-    -------
-    t, p : float
-        Two-sided, with one degree of freedom less than there are splits.
-
-    Raises
-    ------
-    ValueError
-        With fewer than two splits.
-    """
-    values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2:
-        raise ValueError(f"{len(values)} split(s): a t test needs two differences or more")
-    error = np.sqrt((1 / len(values) + n_test / n_train) * values.var(ddof=1))
-    if error == 0:
-        return (0.0, 1.0) if values.mean() == 0 else (np.copysign(np.inf, values.mean()), 0.0)
-    statistic = float(values.mean() / error)
-    return statistic, float(2 * t.sf(abs(statistic), df=len(values) - 1))
-
-
-def correct(p: Sequence[float] | Floats, method: Literal["holm", "fdr_bh"] = "holm") -> Floats:
-    """p values corrected for their number, NaN left out of it and kept.
-
-    Parameters
-    ----------
-    p
-        (test,).
-    method
-        `holm`: the chance of any false claim; `fdr_bh` (Benjamini-Hochberg): their expected share.
-    """
+def correct(p: Sequence[float] | Floats) -> Floats:
+    """p values (test,) corrected for their number by Holm, NaN left out of it and kept."""
     values = np.asarray(p, dtype=np.float64)
     known = np.isfinite(values)
     corrected = np.full(values.shape, np.nan)
     if known.any():
-        adjust = _holm if method == "holm" else false_discovery_control
-        corrected[known] = adjust(values[known])
+        corrected[known] = _holm(values[known])
     return corrected
 
 

@@ -20,6 +20,8 @@ from neuromamba.config import Evaluate
 from neuromamba.connectivity import connectivity
 from neuromamba.files import InputError
 from neuromamba.linear_models import (
+    PENALTIES,
+    SVM_PENALTIES,
     Method,
     RegressOut,
     correlate_rows,
@@ -32,6 +34,7 @@ from neuromamba.series_features import complete_covariances, load_moments, load_
 from neuromamba.store import finish
 
 METHODS: tuple[Method, ...] = ("linear", "svm", "kernel-ridge")
+PENALTIES_OF = {"linear": PENALTIES, "svm": SVM_PENALTIES, "kernel-ridge": PENALTIES}
 ALL = ["fc", "fc-partial", "fc-tangent", "fc-svm", "fc-kernel-ridge", "roi-mean", "confounds"]
 
 
@@ -154,7 +157,7 @@ def test_a_class_of_one_or_two_subjects_is_enough(rare: int, method: Method) -> 
     probability, chosen = predict_class(x[:18], label, x[18:], 5, 0, method)
     assert probability.shape == (2, 2)
     assert np.isfinite(probability).all()
-    assert chosen == 1.0 if rare == 1 else chosen > 0
+    assert (chosen == 1.0) if rare == 1 else (chosen in PENALTIES_OF[method])
 
 
 def test_features_that_do_not_vary_give_the_base_rate() -> None:
@@ -211,6 +214,16 @@ def test_what_is_regressed_out_is_unrelated_to_the_confounds() -> None:
     )
     assert adjusted == pytest.approx(expected)
     assert RegressOut().fit_transform(x) == pytest.approx(x - x.mean(axis=0))
+
+
+def test_a_site_that_was_not_fitted_counts_as_the_mean_of_the_others() -> None:
+    """Sites of very unequal size: the constant beside a column for each is not determined."""
+    site = np.repeat([0, 1], [90, 10])
+    x = np.where(site, 3.0, 1.0)[:, None] + np.zeros((100, 2))
+    adjust = RegressOut(2).fit(np.hstack([x, np.eye(2)[site]]))
+    new = np.array([[2.0, 2.0, 0, 0], [7.0, -1.0, 0, 0]])
+    assert adjust.transform(new) == pytest.approx(np.array([[0.0, 0.0], [5.0, -3.0]]))
+    assert adjust.transform(np.hstack([x, np.eye(2)[site]])) == pytest.approx(np.zeros((100, 2)))
 
 
 def test_regression_before_or_after_the_rotation_is_the_same() -> None:
@@ -355,19 +368,23 @@ def test_each_baseline_predicts_the_same_subjects_and_those_that_can_find_the_la
     assert notes["confounds"]["columns"] == ["age"]
 
 
-def test_regression_is_noted_and_changes_every_baseline_of_the_brain(stores: Stores) -> None:
+def test_regression_is_noted_and_stands_beside_what_was_not_regressed(stores: Stores) -> None:
+    """A model that may use the confounds is held against an FC that may, too."""
     subjects = people(stores)
     label = pd.DataFrame({"age": np.arange(40.0) % 2}, list(stores))
-    raw = {"baselines": ["fc", "roi-mean", "confounds"], "inner_folds": 3}
+    raw = {"baselines": ["fc", "confounds"], "inner_folds": 3}
     plain, _ = predict_baselines(Evaluate.model_validate(raw), subjects, stores, label, 0)
-    settings = Evaluate.model_validate({**raw, "adjust": "regress"})
-    adjusted, notes = predict_baselines(settings, subjects, stores, label, 0)
-    assert notes["fc"]["confounds_regressed"] == ["age"]
+    settings = Evaluate.model_validate({**raw, "baselines": ["fc", "fc-regress", "confounds"]})
+    predicted, notes = predict_baselines(settings, subjects, stores, label, 0)
+    assert list(predicted) == settings.baselines
+    assert notes["fc"]["confounds_regressed"] == []
+    assert notes["fc-regress"]["confounds_regressed"] == ["age"]
     true = subjects.test == "odd"
     # The confound is the label, so nothing is left of it.
-    assert roc_auc_score(true, plain["fc"]["prob_odd"]) == 1
-    assert roc_auc_score(true, adjusted["fc"]["prob_odd"]) < 0.8
-    assert adjusted["confounds"].equals(plain["confounds"])
+    assert roc_auc_score(true, predicted["fc"]["prob_odd"]) == 1
+    assert roc_auc_score(true, predicted["fc-regress"]["prob_odd"]) < 0.8
+    for name in ("fc", "confounds"):
+        assert predicted[name].equals(plain[name])
 
 
 def test_without_confounds_the_confound_model_says_so(stores: Stores) -> None:

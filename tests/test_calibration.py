@@ -291,7 +291,8 @@ def test_a_calibration_belongs_to_its_model_and_names_nobody(folder: Path, targe
         assert [len(of_run.scores[name]) for name in CLASSES] == [1, 1]
     else:
         assert len(of_run.scores["value"]) == 2
-        assert of_run.error_sd >= 0
+        assert of_run.scores["value"] == sorted(of_run.scores["value"])
+        assert of_run.scores["value"][0] > 0
     assert not (made / TRAINED).exists()
 
 

@@ -11,6 +11,7 @@ from fabricate import make_config, make_participants
 
 from neuromamba.config import Config
 from neuromamba.confound_model import confounds_of, design
+from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.tables import read_table, write_table
 
@@ -81,6 +82,48 @@ def test_gender_is_sex_and_a_site_column_has_any_name(config: Config) -> None:
         evaluate={"confounds": ["mean_fd", "site"]},
     )
     assert list(confounds_of(chosen, "toy", "age", runs_of(config))) == ["mean_fd", "site"]
+
+
+def test_motion_does_not_leave_silently_with_its_files(config: Config) -> None:
+    (Path(config.results).parent / "sub-001_run-1.tsv").unlink()
+    with pytest.raises(InputError, match=r"sub-001_run-1\.tsv is not there.*leave mean_fd out"):
+        confounds_of(config, "toy", "sex", runs_of(config))
+    others = make_config(
+        Path(config.results).parent, compute={"batches": 2}, evaluate={"confounds": ["tsnr"]}
+    )
+    assert list(confounds_of(others, "toy", "sex", runs_of(config))) == ["tsnr"]
+
+
+def test_the_target_is_no_confound_of_itself_under_another_name(config: Config) -> None:
+    path = Path(config.results).parent / "participants.tsv"
+    table = read_table(path)
+    write_table(path, table.assign(gender=table["sex"]))
+    found = confounds_of(config, "toy", "sex", runs_of(config))
+    assert "sex" not in found
+    assert {"age", "site"} <= {*found}
+
+
+def test_age_and_sex_are_what_the_targets_of_these_names_are_told_by(config: Config) -> None:
+    """As in UK Biobank and ABIDE, whose columns have other names."""
+    path = Path(config.results).parent / "participants.tsv"
+    table = read_table(path).rename(columns={"age": "AGE_AT_SCAN", "sex": "31-0.0"})
+    # A column that is called so, and is not what the config says.
+    write_table(path, table.assign(site="elsewhere", scanner=table["site"]))
+    classes = {"female": "F", "male": "M"}
+    dataset = {
+        "participants": {"file": str(path), "site_column": "scanner"},
+        "targets": {
+            "sex": {"kind": "classification", "column": "31-0.0", "classes": classes},
+            "age": {"kind": "regression", "column": "AGE_AT_SCAN"},
+        },
+    }
+    other = make_config(path.parent, dataset=dataset, compute={"batches": 2})
+    of_sex, of_age = (confounds_of(other, "toy", t, runs_of(config)) for t in ("sex", "age"))
+    assert of_sex["age"].notna().all()
+    assert "sex" not in of_sex
+    assert list(of_age["sex"]) == ["F", "M", "M", "F"]
+    assert list(of_age["site"]) == ["north", "south"] * 2
+    assert "age" not in of_age
 
 
 def test_gaps_are_filled_by_training_and_new_sites_are_none() -> None:

@@ -153,10 +153,23 @@ def test_every_predictor_has_p_and_calibration_and_the_model_is_compared_with_ea
     assert (settled["p"] <= 0.05).all()
 
 
+def test_a_subject_that_has_lost_its_runs_is_not_counted_and_stops_nobody(config: Config) -> None:
+    """The split stays when another atlas, say, leaves out all runs of a subject."""
+    path = Layout.of(config, "toy").manifest("rois", 0)
+    manifest = read_table(path, dtype=str).set_index("run")
+    lost = ["sub-003_task-rest", f"{choose_subjects(config, 'toy', 'sex').test.index[0]}_task-rest"]
+    manifest.loc[lost, "reason"] = "the atlas does not meet it"
+    write_table(path, manifest.reset_index())
+    run_evaluate(config, "toy", "small", 0, "sex")
+    notes = read_json(results(config, "sex") / "notes.json")
+    assert (notes["n_train"], notes["n_test"], notes["n_without_runs"]) == (23, 15, 2)
+    predictions = read_table(results(config, "sex") / "predictions.tsv")
+    assert not set(predictions["subject"]) & {name.split("_")[0] for name in lost}
+
+
 def test_the_baselines_are_those_that_the_config_names(config: Config) -> None:
     changes = {
-        "baselines": ["fc", "fc-svm", "roi-mean"],
-        "adjust": "regress",
+        "baselines": ["fc", "fc-regress", "fc-svm", "roi-mean"],
         "confounds": ["site"],
         "bootstrap": 20,
         "inner_folds": 2,
@@ -164,11 +177,11 @@ def test_the_baselines_are_those_that_the_config_names(config: Config) -> None:
     chosen = make_config(Path(config.results).parent, evaluate=changes)
     run_evaluate(chosen, "toy", "small", 0, "age")
     predictions = read_table(results(config, "age") / "predictions.tsv")
-    names = ["small", "fc", "fc-svm", "roi-mean", "mean"]
+    names = ["small", "fc", "fc-regress", "fc-svm", "roi-mean", "mean"]
     assert list(predictions["predictor"].unique()) == names
     notes = read_json(results(config, "age") / "notes.json")
-    assert notes["adjust"] == "regress"
-    assert notes["baselines"]["fc-svm"]["confounds_regressed"] == ["site"]
+    assert notes["baselines"]["fc-regress"]["confounds_regressed"] == ["site"]
+    assert notes["baselines"]["fc-svm"]["confounds_regressed"] == []
 
 
 @pytest.mark.parametrize(

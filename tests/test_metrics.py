@@ -55,7 +55,7 @@ def test_classification_metrics_are_scikit_learns(classes: int) -> None:
     probability = table.filter(like="prob_").to_numpy()
     true = table["y_true"].str[1:].astype(int)
     score = probability[:, 1] if classes == 2 else probability
-    found = values(compute_metrics(table, 10, 0.95, 0))
+    found = values(compute_metrics(table, 10, 0.95, 0, 200))
     expected = {
         "auroc": reference.roc_auc_score(true, score, multi_class="ovr"),
         "balanced_accuracy": reference.balanced_accuracy_score(table["y_true"], table["y_pred"]),
@@ -72,14 +72,16 @@ def test_the_calibration_error_is_that_of_the_reliability_curve() -> None:
     share, predicted = calibration_curve(true, score, n_bins=10)
     counts = np.bincount(np.digitize(score, np.linspace(0, 1, 11)[1:-1], right=True))
     expected = np.abs(share - predicted) @ counts[counts > 0] / 200
-    assert values(compute_metrics(table, 10, 0.95, 0))["ece"] == pytest.approx(expected, abs=1e-12)
+    assert values(compute_metrics(table, 10, 0.95, 0, 200))["ece"] == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_with_more_classes_the_calibration_error_is_of_the_most_probable_one() -> None:
     table = classification(n=40, classes=3)
     table[["prob_c0", "prob_c1", "prob_c2"]] = [0.75, 0.15, 0.1]
     error = abs(0.75 - (table["y_true"] == "c0").mean())
-    assert values(compute_metrics(table, 10, 0.95, 0))["ece"] == pytest.approx(error)
+    assert values(compute_metrics(table, 10, 0.95, 0, 200))["ece"] == pytest.approx(error)
 
 
 def test_calibrated_probabilities_have_a_small_calibration_error_and_sharpened_ones_have_not() -> (
@@ -100,14 +102,14 @@ def test_p_is_small_where_there_is_skill_and_one_where_there_is_none() -> None:
     assert (skilled.drop("ece") == 0.001).all()
     assert np.isnan(skilled["ece"])
     constant = classification().assign(prob_c0=0.3, prob_c1=0.7)
-    found = compute_metrics(constant, 10, 0.95, 0).set_index("metric")["p"]
+    found = compute_metrics(constant, 10, 0.95, 0, 200).set_index("metric")["p"]
     assert (found.drop("ece") == 1).all()
 
 
 def test_regression_metrics_are_scikit_learns() -> None:
     table = regression()
     true, predicted = table["y_true"], table["y_pred"]
-    assert values(compute_metrics(table, 10, 0.95, 0)) == pytest.approx(
+    assert values(compute_metrics(table, 10, 0.95, 0, 200)) == pytest.approx(
         {
             "mae": reference.mean_absolute_error(true, predicted),
             "pearson_r": np.corrcoef(true, predicted)[0, 1],
@@ -134,16 +136,16 @@ def test_intervals_cover_the_true_value_as_often_as_they_say() -> None:
     inside = 0
     for seed in range(200):
         table = classification(n=80, seed=seed)
-        accuracy = compute_metrics(table, 200, 0.9, 0).set_index("metric").loc["accuracy"]
+        accuracy = compute_metrics(table, 200, 0.9, 0, 200).set_index("metric").loc["accuracy"]
         inside += accuracy["low"] <= truth <= accuracy["high"]
     assert 0.83 < inside / 200 < 0.96
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_one_another() -> None:
     table = classification()
-    first = compute_metrics(table, 50, 0.95, 0)
-    pd.testing.assert_frame_equal(first, compute_metrics(table, 50, 0.95, 0))
-    assert not first.equals(compute_metrics(table, 50, 0.95, 1))
+    first = compute_metrics(table, 50, 0.95, 0, 200)
+    pd.testing.assert_frame_equal(first, compute_metrics(table, 50, 0.95, 0, 200))
+    assert not first.equals(compute_metrics(table, 50, 0.95, 1, 200))
     first = first[first["metric"] != "ece"]  # which resampling makes larger
     assert (first["low"] < first["value"]).all()
     assert (first["value"] < first["high"]).all()
@@ -153,31 +155,31 @@ def test_rows_may_stand_in_any_order() -> None:
     table = classification()
     shuffled = table.sample(frac=1, random_state=0)
     pd.testing.assert_frame_equal(
-        compute_metrics(table, 50, 0.95, 0), compute_metrics(shuffled, 50, 0.95, 0)
+        compute_metrics(table, 50, 0.95, 0, 200), compute_metrics(shuffled, 50, 0.95, 0, 200)
     )
 
 
 def test_every_resample_has_a_rare_class() -> None:
     table = classification(n=40)
     table["y_true"] = ["c1"] * 2 + ["c0"] * 38
-    found = compute_metrics(table, 500, 0.95, 0).set_index("metric").loc["auroc"]
+    found = compute_metrics(table, 500, 0.95, 0, 200).set_index("metric").loc["auroc"]
     assert np.isfinite(found[["low", "high"]].astype(float)).all()
 
 
 def test_what_is_undefined_is_missing() -> None:
     constant = regression().assign(y_pred=37.1)
-    found = compute_metrics(constant, 50, 0.95, 0).set_index("metric")
+    found = compute_metrics(constant, 50, 0.95, 0, 200).set_index("metric")
     assert found.loc["pearson_r", ["value", "low", "high"]].isna().all()
     assert found.loc["r2", "value"] == pytest.approx(0, abs=0.2)
     one_class = classification().assign(y_true="c1")
-    found = compute_metrics(one_class, 50, 0.95, 0).set_index("metric")
+    found = compute_metrics(one_class, 50, 0.95, 0, 200).set_index("metric")
     assert found.loc["auroc", ["value", "low", "high"]].isna().all()
     assert np.isfinite(found.loc["accuracy", "value"])
 
 
 def test_a_constant_score_has_an_auroc_of_one_half() -> None:
     table = classification().assign(prob_c0=0.3, prob_c1=0.7)
-    found = compute_metrics(table, 50, 0.95, 0).set_index("metric").loc["auroc"]
+    found = compute_metrics(table, 50, 0.95, 0, 200).set_index("metric").loc["auroc"]
     assert tuple(found[["value", "low", "high"]]) == (0.5, 0.5, 0.5)
 
 
@@ -185,13 +187,13 @@ def test_a_better_predictor_is_told_from_a_worse_one_and_equals_are_not() -> Non
     table = pd.concat(
         [regression(noise=0.3, name="good"), regression(noise=2, name="bad")], ignore_index=True
     )
-    found = compare(table, "good", "bad", 500, 0.95, 0).set_index("metric")
+    found = compare(table, "good", "bad", 500, 0.95, 0, 200).set_index("metric")
     assert (found["better"] == "good").all()
     assert found.loc["mae", "difference"] < 0 < found.loc["r2", "difference"]
-    turned = compare(table, "bad", "good", 500, 0.95, 0).set_index("metric")
+    turned = compare(table, "bad", "good", 500, 0.95, 0, 200).set_index("metric")
     assert (turned["better"] == "good").all()
     same = pd.concat([classification(name="a"), classification(name="b")], ignore_index=True)
-    level = compare(same, "a", "b", 500, 0.95, 0).set_index("metric")
+    level = compare(same, "a", "b", 500, 0.95, 0, 200).set_index("metric")
     assert level["better"].isna().all()
     assert (level["p"].drop("ece") == 1).all()
     assert (found["p"] < 0.01).all()
@@ -201,11 +203,11 @@ def test_a_true_class_without_a_column_is_refused() -> None:
     table = classification()
     table.loc[0, "y_true"] = "other"
     with pytest.raises(InputError, match="no column for class 'other'"):
-        compute_metrics(table, 10, 0.95, 0)
+        compute_metrics(table, 10, 0.95, 0, 200)
 
 
 def test_two_thousand_resamples_of_five_hundred_subjects_take_seconds() -> None:
     table = classification(n=500)
     start = time.perf_counter()
-    compute_metrics(table, 2000, 0.95, 0)
+    compute_metrics(table, 2000, 0.95, 0, 200)
     assert time.perf_counter() - start < 8

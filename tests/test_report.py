@@ -197,8 +197,8 @@ def evaluation(model: float, fc: float, n: int = 60, seed: int = 0) -> Evaluatio
     ]
     tables.append(pd.DataFrame({**columns, "predictor": "mean", "y_pred": 50.0}))
     table = pd.concat(tables, ignore_index=True)
-    compared = [compare(table, "m", other, 300, 0.95, 0) for other in ("fc", "mean")]
-    metrics = compute_metrics(table, 300, 0.95, 0)
+    compared = [compare(table, "m", other, 300, 0.95, 0, 300) for other in ("fc", "mean")]
+    metrics = compute_metrics(table, 300, 0.95, 0, 300)
     return Evaluation("d", "m", 0, "age", metrics, pd.concat(compared), table, {"n_test": n})
 
 

@@ -15,7 +15,6 @@ from neuromamba.statistics import (
     compare_classes,
     compare_numbers,
     correct,
-    corrected_t_test,
     shuffles,
     swaps,
 )
@@ -131,35 +130,18 @@ def test_units_and_scales_do_not_matter_where_the_metric_is_blind_to_them() -> N
     assert r[0] == pytest.approx(r[1])
 
 
-def test_the_corrected_t_test_is_students_with_a_larger_variance() -> None:
-    differences = np.random.default_rng(0).normal(0.05, 0.1, size=10)
-    plain = stats.ttest_1samp(differences, 0)
-    # With no test subjects, nothing is corrected.
-    assert corrected_t_test(differences, 100, 0) == pytest.approx((plain.statistic, plain.pvalue))
-    t, p = corrected_t_test(differences, 80, 20)
-    assert t == pytest.approx(plain.statistic * np.sqrt(0.1 / (0.1 + 0.25)))
-    assert p == pytest.approx(2 * stats.t.sf(abs(t), 9))
-    assert corrected_t_test([0, 0, 0], 80, 20) == (0, 1)
-    assert corrected_t_test([-1, -1], 80, 20) == (-np.inf, 0)
-    with pytest.raises(ValueError, match=r"1 split\(s\)"):
-        corrected_t_test([0.1], 80, 20)
-
-
-def test_corrections_are_holms_and_benjamini_hochbergs_and_leave_gaps() -> None:
+def test_corrections_are_holms_and_leave_gaps() -> None:
     p = np.array([0.01, np.nan, 0.04, 0.03, 0.005])
     assert correct(p)[[0, 2, 3, 4]] == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert np.isnan(correct(p)[1])
-    known = p[np.isfinite(p)]
-    assert correct(p, "fdr_bh")[[0, 2, 3, 4]] == pytest.approx(stats.false_discovery_control(known))
     assert np.isnan(correct([np.nan])).all()
 
 
-@pytest.mark.parametrize("method", ["holm", "fdr_bh"])
-def test_corrections_are_those_of_statsmodels(method: str) -> None:
+def test_corrections_are_those_of_statsmodels() -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     p = np.round(np.random.default_rng(0).random(50) ** 2, 2)  # with ties and 0
-    expected = multitest.multipletests(p, method=method)[1]
-    assert correct(p, method) == pytest.approx(expected)
+    expected = multitest.multipletests(p, method="holm")[1]
+    assert correct(p) == pytest.approx(expected)
 
 
 # --- What holds always --------------------------------------------------------------------------
@@ -233,25 +215,6 @@ def test_false_positives_are_as_rare_as_alpha_says_for_numbers() -> None:
     for found in (chance, paired):
         for name in found[0]:
             assert 0.04 < np.mean([p[name] <= 0.1 for p in found]) < 0.17, name
-
-
-def test_the_corrected_t_test_holds_its_level_where_the_plain_one_does_not() -> None:
-    """Repeated splits of the same subjects, and a difference of two predictors that is nothing."""
-    rng = np.random.default_rng(0)
-    plain, corrected = [], []
-    for _ in range(300):
-        x, y = rng.normal(size=(100, 1)), rng.normal(size=100)
-        differences = []
-        for _ in range(10):
-            order = rng.permutation(100)
-            train, test = order[:80], order[80:]
-            slope = (x[train, 0] @ y[train]) / (x[train, 0] @ x[train, 0])
-            fitted = np.abs(y[test] - slope * x[test, 0]).mean()
-            differences.append(fitted - np.abs(y[test] + slope * x[test, 0]).mean())
-        plain.append(stats.ttest_1samp(differences, 0).pvalue <= 0.05)
-        corrected.append(corrected_t_test(differences, 80, 20)[1] <= 0.05)
-    assert np.mean(plain) > 0.2
-    assert np.mean(corrected) < 0.5 * np.mean(plain)
 
 
 def test_a_real_difference_is_found() -> None:

@@ -21,12 +21,13 @@ NOTES: dict[str, Any] = {
         "fc": {
             "kind": "pearson",
             "inverse_penalty": 10.0,
+            "folds": 5,
             "n_rois": 90,
             "n_rois_dropped": 2,
             "n_features": 4005,
             "confounds_regressed": ["site", "mean_fd"],
         },
-        "confounds": {"inverse_penalty": 0.1, "columns": ["age", "site", "mean_fd"]},
+        "confounds": {"inverse_penalty": 0.1, "folds": 5, "columns": ["age", "site", "mean_fd"]},
     },
 }
 
@@ -143,6 +144,10 @@ def test_how_each_baseline_was_made_is_told() -> None:
         in (describe_baselines(NOTES, False)[1])
     )
     assert confounds.startswith("confound model: logistic regression on age, site and")
+    assert "inverse penalty 10, chosen by cross-validation within them" in fc
+    rare = {**NOTES, "baselines": {"fc": {**NOTES["baselines"]["fc"], "folds": 1}}}
+    (unchosen,) = describe_baselines(rare, True)
+    assert "not chosen, because the rarest class has one subject" in unchosen
     assert [join(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == [
         "a",
         "a and b",

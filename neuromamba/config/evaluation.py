@@ -9,7 +9,14 @@ from pydantic import Field, PositiveInt, model_validator
 from neuromamba.config.data import Section
 
 Baseline = Literal[
-    "fc", "fc-partial", "fc-tangent", "fc-svm", "fc-kernel-ridge", "roi-mean", "confounds"
+    "fc",
+    "fc-regress",
+    "fc-partial",
+    "fc-tangent",
+    "fc-svm",
+    "fc-kernel-ridge",
+    "roi-mean",
+    "confounds",
 ]
 Confound = Literal["age", "sex", "site", "mean_fd", "tsnr", "n_volumes", "n_voxels"]
 
@@ -18,8 +25,7 @@ class Evaluate(Section):
     """Intervals over subjects, tests by permutation, and the baselines.
 
     `baselines` are those of `neuromamba.baselines`; `confounds` is what the confound model sees,
-    and what `adjust: regress` takes out of the features of every other baseline. A column that is
-    the target itself is never among them.
+    and what `fc-regress` takes out of the FC. The target itself is never among them.
     """
 
     bootstrap: PositiveInt = 2000
@@ -29,7 +35,6 @@ class Evaluate(Section):
     confounds: list[Confound] = Field(
         default=["age", "sex", "site", "mean_fd", "tsnr", "n_volumes", "n_voxels"], min_length=1
     )
-    adjust: Literal["none", "regress"] = "none"
     inner_folds: Annotated[int, Field(ge=2)] = 5
     allow_seen_subjects: bool = False
 
