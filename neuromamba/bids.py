@@ -84,6 +84,8 @@ def _with_failed(config: Config, dataset: str) -> pd.DataFrame:
         if not {*raw_subjects(config, dataset)} <= {*failed["subject"]}:
             raise
         return rows  # whose reasons say more than that there is nothing
+    # What is broken may lie among the derivatives nevertheless.
+    made = made[~made["run"].isin(rows["run"])]
     table = pd.concat([made, rows], ignore_index=True)
     return table.sort_values("run", kind="stable", ignore_index=True)
 

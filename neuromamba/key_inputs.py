@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from neuromamba.anat_scan import find_anatomicals
+from neuromamba.anat_scan import Anatomical, find_anatomicals
 from neuromamba.atlases import atlas_digest, is_named
 from neuromamba.config import Config
 from neuromamba.files import InputError, digest_file, digest_json
@@ -39,6 +39,7 @@ class Inputs(ABC):
         self._trained_on: dict[str, list[str]] = {}
         self._labels: dict[str, pd.DataFrame] = {}
         self._outside: dict[Job, dict[str, str]] = {}
+        self._images: dict[str, list[Anatomical]] = {}
 
     @abstractmethod
     def is_stale(self, job: Job) -> bool:
@@ -56,7 +57,9 @@ class Inputs(ABC):
             case "volumes" | "tokens" | "qc":
                 return self._rows(job.dataset, job.batch)
             case "anat":
-                return [self._rows(job.dataset, job.batch), self._anatomicals(job)]
+                folder = self.config.datasets[job.dataset].derivatives
+                found = self._digest(job, "T1w images", folder, lambda: self._anatomicals(job))
+                return [self._rows(job.dataset, job.batch), found]
             case "rois":
                 return [self._rows(job.dataset, job.batch), self._atlas(job)]
             case "splits":
@@ -64,7 +67,7 @@ class Inputs(ABC):
             case "excluded":
                 return self._rows(job.dataset)
             case "overview":
-                return [self._rows(job.dataset), self._left_out(job.dataset)]
+                return self._rows(job.dataset)
             case "scaling" | "scores" | "report":
                 return []
         data: list[Any] = []
@@ -93,12 +96,14 @@ class Inputs(ABC):
             job, "raw", file, lambda: fingerprint_subject(Path(root), subject) if subject else ""
         )
 
-    def _anatomicals(self, job: Job) -> list[list[str]]:
-        """Fingerprints of the T1w images of a batch's subjects."""
+    def _anatomicals(self, job: Job) -> str:
+        """Digest of the T1w images of a batch's subjects."""
+        if job.dataset not in self._images:
+            self._images[job.dataset] = find_anatomicals(self.config.datasets[job.dataset])
         batches = self.config.compute.batches
-        found = find_anatomicals(self.config.datasets[job.dataset])
+        found = self._images[job.dataset]
         mine = [one for one in found if batch_of(one.subject, batches) == job.batch]
-        return [[one.subject, one.fingerprint] for one in mine]
+        return digest_json([[one.subject, one.fingerprint] for one in mine])
 
     def _atlas(self, job: Job) -> str | None:
         atlas = self.config.datasets[job.dataset].atlas
@@ -187,25 +192,33 @@ class Inputs(ABC):
         """The runs as they are now, or as the index has them where the scans are elsewhere."""
         settings = self.config.datasets[dataset]
         index = Layout.of(self.config, dataset).index
-        folder = Path(settings.bids or settings.derivatives)
-        if index.exists() and not (folder.is_dir() and any(folder.iterdir())):
-            return read_listing(index)
+        if index.exists() and not _has_scans(settings.derivatives):
+            known = read_listing(index)
+        else:
+            known = self._list_made(dataset)
         waiting = self._waiting(dataset)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # the stage itself warns
-                made = list_runs_of(settings)
-        except InputError:
-            if not settings.bids:
-                raise
-            made = pd.DataFrame(columns=LISTING_COLUMNS, dtype="string")
-        if not settings.bids:
-            return made
-        failed = failed_runs(self.config, dataset)[LISTING_COLUMNS]
-        known = pd.concat([made, failed], ignore_index=True)
+        if not waiting:
+            return known
         known = known[~known["subject"].isin(waiting)]
         rows = [(name, name, UNKNOWN) for name in waiting]
         to_come = pd.DataFrame(rows, columns=LISTING_COLUMNS, dtype="string")
         return pd.concat([known, to_come], ignore_index=True).sort_values("run", kind="stable")
+
+    def _list_made(self, dataset: str) -> pd.DataFrame:
+        """The runs of the derivatives, and those that could not be made of raw scans."""
+        settings = self.config.datasets[dataset]
+        if not settings.bids:
+            with warnings.catch_warnings(action="ignore"):  # the stage itself warns
+                return list_runs_of(settings)
+        failed = failed_runs(self.config, dataset)[LISTING_COLUMNS]
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                made = list_runs_of(settings)
+        except InputError:
+            return failed
+        made = made[~made["run"].isin(failed["run"])]
+        both = pd.concat([made, failed], ignore_index=True)
+        return both.sort_values("run", kind="stable", ignore_index=True)
 
     def _waiting(self, dataset: str) -> list[str]:
         """The subjects whose raw scans are to be preprocessed."""
@@ -217,6 +230,12 @@ class Inputs(ABC):
             with warnings.catch_warnings(action="ignore"):
                 self._labels[dataset] = read_participants(self.config.datasets[dataset])
         return self._labels[dataset]
+
+
+def _has_scans(folder: str) -> bool:
+    """Whether there is anything in a folder of derivatives but hidden files."""
+    path = Path(folder)
+    return path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
 
 
 def read_listing(index: Path) -> pd.DataFrame:

@@ -12,6 +12,7 @@ or it is removed, so that subjects added later are processed but change no train
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import neuromamba
@@ -170,8 +171,15 @@ class Keys(Inputs):
         match job.stage:
             case "scaling" | "scores" | "report":
                 return [self._key_before(one, code) for one in before]
+            case "overview":
+                listed = [one for one in before if one.stage == "excluded"]
+                return [self._key_before(one, code) for one in listed]
+            case "excluded":
+                return self._atlases(before)
             case "finetune" | "evaluate" | "forecast":
                 trained = [one for one in before if one.stage in ("pretrain", "finetune")]
-                atlases = {str(self._atlas_before(one)) for one in before if one.stage == "rois"}
-                return [self._key_before(one, code) for one in trained] + sorted(atlases)
+                return [self._key_before(one, code) for one in trained] + self._atlases(before)
         return []
+
+    def _atlases(self, before: Sequence[Job]) -> list[str]:
+        return sorted({str(self._atlas_before(one)) for one in before if one.stage == "rois"})

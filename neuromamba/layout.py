@@ -79,6 +79,11 @@ class Layout:
         return root / stage / f"batch-{batch}.jsonl"
 
     @property
+    def atlas_lock(self) -> Path:
+        """Held by the job that fetches an atlas, of whichever dataset."""
+        return (self.arrays or self.results) / ".digests" / "atlas.lock"
+
+    @property
     def scaling(self) -> Path:
         return self.root / "scaling"
 

@@ -25,7 +25,7 @@ from neuromamba.files import InputError, write_text
 from neuromamba.layout import Layout
 from neuromamba.qc_page import environment
 from neuromamba.qc_plots import strip_picture
-from neuromamba.qc_rules import broken_rules, left_out, read_quality, rules_of
+from neuromamba.qc_rules import broken_rules, read_quality, rules_of
 from neuromamba.qc_table import METRICS, deviations, find_outliers
 from neuromamba.qc_template import template_on
 from neuromamba.tables import read_table, write_table
@@ -79,12 +79,11 @@ def collect_quality(config: Config, dataset: str) -> Quality:
     text = {"run": str, "subject": str, "stage": str, "reason": str}
     runs = read_table(layout.index, dtype=text)[["run", "subject"]]
     excluded = read_table(layout.excluded, dtype=text)
-    rules = pd.DataFrame(left_out(config, dataset).items(), columns=["run", "reason"])
     measured = read_quality(config, dataset)
-    failed = measured.loc[measured["reason"].notna(), ["run", "reason"]]
-    reasons = [excluded, rules.assign(stage="qc"), failed.assign(stage="qc")]
-    first = pd.concat([part for part in reasons if len(part)] or reasons[:1], ignore_index=True)
-    first = first.drop_duplicates("run")[["run", "stage", "reason"]]
+    # A run that could not be measured is used all the same, as long as there is no rule.
+    unmeasured = "its quality could not be measured: " + measured["reason"]
+    measured["motion_note"] = measured["motion_note"].where(measured["reason"].isna(), unmeasured)
+    first = excluded.drop_duplicates("run")[["run", "stage", "reason"]]
     columns = ["run", *METRICS, "motion_note"]
     table = runs.merge(first, on="run", how="outer")
     table = table.merge(measured.reindex(columns=columns), on="run", how="left")

@@ -243,7 +243,7 @@ def _atlas_of(config: Config, dataset: str) -> list[Parcellation]:
     if not is_named(settings.atlas):
         return [open_atlas(settings.atlas, settings.space)]
     # The batches are separate jobs, and two that download the same file would spoil it.
-    with _one_at_a_time(Layout.of(config, dataset).digests("rois", 0).parents[2] / "atlas.lock"):
+    with _one_at_a_time(Layout.of(config, dataset).atlas_lock):
         return [open_atlas(settings.atlas, settings.space)]
 
 

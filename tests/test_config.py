@@ -141,6 +141,13 @@ def test_a_dataset_needs_scans_in_a_standard_space(base: Path):
     assert "MNI152NLin2009cAsym" in native
 
 
+def test_two_raw_datasets_may_not_replace_each_others_subjects(base: Path):
+    raw = "datasets={a: {bids: raw, derivatives: made}, b: {bids: other, derivatives: ./made/}}"
+    assert "datasets a and b both preprocess into ./made/" in problem(base, raw)
+    tasks = "datasets={a: {derivatives: made}, b: {derivatives: made}}"
+    assert {"a", "b"} < {*load_config([base], [tasks]).datasets}
+
+
 def test_derivatives_of_raw_scans_go_to_the_results_unless_told_otherwise(base: Path):
     raw = ["datasets={a: {bids: raw}, b: {bids: raw, derivatives: made}}", "results=out"]
     found = load_config([base], raw).datasets

@@ -126,6 +126,7 @@ def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
         ("pretrain.learning_rate=0.5", TRAININGS),
         ("splits.seed=3", {"splits", *TRAININGS}),
         ("rois.cube=9", {"rois", *CHECKED, "evaluate", "scores", "report"}),
+        ("datasets.d.atlas=packaged:100", {"rois", *CHECKED, "evaluate", "scores", "report"}),
         ("tokens.brain_fraction=0.5", {"tokens", "qc", *CHECKED, *TRAININGS}),
         ("datasets.d.exclude=[sub-77]", {"index"}),
         ("compute.batches=3", {"index", "volumes", "tokens", "rois", "qc"}),
@@ -324,7 +325,7 @@ def test_another_atlas_reaches_the_evaluation(
 ):
     write_text(tmp_path / "atlas.nii.gz", "regions")
     other = config_of(settings, f"datasets.d.atlas={tmp_path / 'atlas.nii.gz'}")
-    assert stale(other) == {"rois", "evaluate", "scores", "report"}
+    assert stale(other) == {"rois", *CHECKED, "evaluate", "scores", "report"}
 
 
 def test_a_mixture_reaches_the_fine_tuning_of_all_its_members(

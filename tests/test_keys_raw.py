@@ -54,12 +54,16 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 
 def preprocess(config: Config, subject: str) -> None:
-    """What an engine leaves: all runs, or none of a subject whose raw scan says `bad`."""
+    """What an engine leaves: all runs, or none of a subject whose raw scan says `bad`.
+
+    A `bad broken` one lies among the derivatives nevertheless, as with those that others made.
+    """
     root = Path(config.datasets["d"].bids or "")
     derivatives = Path(config.datasets["d"].derivatives)
     run = f"{subject}_task-rest"
-    bad = b"bad" in (root / subject / "func" / f"{run}_bold.nii.gz").read_bytes()
-    if not bad:
+    content = (root / subject / "func" / f"{run}_bold.nii.gz").read_bytes()
+    bad = b"bad" in content
+    if not bad or b"broken" in content:
         add_run(derivatives, run)
     status = {
         "subject": subject,
@@ -181,6 +185,32 @@ def test_derivatives_that_are_gone_or_of_other_settings_are_made_again(config: C
     shutil.rmtree(derivatives / "sub-02")
     found = [job.subject for job in stale_jobs(config) if job.stage == "preprocess"]
     assert found == ["sub-02", "sub-04"]
+
+
+def test_a_broken_run_among_the_derivatives_is_left_out_and_not_used_as_well(
+    settings: dict[str, Any], tmp_path: Path
+):
+    add_raw(tmp_path / "raw", "sub-05", b"bad broken")
+    config = config_of(settings)
+    for job in all_jobs(config):
+        make(config, job)
+    index = read_table(Layout.of(config, "d").index, dtype=str)
+    assert index["run"].is_unique
+    reasons = index.set_index("run")["reason"].dropna()
+    assert reasons.to_dict() == {"sub-05_task-rest": "preprocessing: the scanner fell over"}
+    assert stale(config) == set()
+
+
+def test_results_stay_current_where_the_derivatives_have_been_removed(
+    config: Config, tmp_path: Path
+):
+    """To save space, or because DVC does not hold them."""
+    shutil.rmtree(config.datasets["d"].derivatives)
+    assert stale(config) == set()
+    add_raw(tmp_path / "raw", "sub-12")
+    found = stale_jobs(config)
+    assert [job.subject for job in found if job.stage == "preprocess"] == ["sub-12"]
+    assert not TRAININGS - {"scores", "report"} & {job.stage for job in found}
 
 
 def test_results_stay_current_where_no_raw_scans_are(config: Config, tmp_path: Path):

@@ -89,12 +89,32 @@ def test_the_table_has_every_run_and_why_it_is_left_out(config: Config) -> None:
     assert {*METRICS, *(f"{name}_z" for name in METRICS)} <= {*table.columns}
 
 
-def test_rules_of_now_count_before_the_list_of_runs_left_out_is_made_again(
-    config: Config, tmp_path: Path
-) -> None:
-    stricter = make_config(tmp_path, qc={"max_mean_fd": 0.5, "min_tsnr": 20})
-    table = collect_quality(stricter, "toy").table.set_index("run")
-    assert "qc.min_tsnr" in table.loc["sub-00006_task-rest", "reason"]
+def test_what_is_left_out_is_what_the_list_of_it_says(config: Config) -> None:
+    """Its job comes first and knows the rules of now, stricter or laxer than those of before."""
+    path = Layout.of(config, "toy").excluded
+    listed = read_table(path)
+    write_table(path, listed[listed["stage"] == "index"])
+    table = collect_quality(config, "toy").table.set_index("run")
+    assert list(table.index[table["reason"].notna()]) == ["sub-00000_task-rest"]
+    row = pd.DataFrame([("sub-00006_task-rest", "qc", "too little signal")], columns=listed.columns)
+    write_table(path, pd.concat([listed, row]))
+    table = collect_quality(config, "toy").table.set_index("run")
+    assert table["reason"].notna().sum() == 4
+    assert table.loc["sub-00006_task-rest", "reason"] == "too little signal"
+
+
+def test_a_run_that_could_not_be_measured_is_used_where_there_is_no_rule(config: Config) -> None:
+    layout = Layout.of(config, "toy")
+    manifest = read_table(layout.manifest("qc", 0), dtype={"reason": str}).set_index("run")
+    manifest["reason"] = manifest["reason"].astype(object)
+    manifest.loc["sub-00004_task-rest", "reason"] = "its store is damaged"
+    write_table(layout.manifest("qc", 0), manifest.reset_index())
+    run_overview(config, "toy")
+    row = (
+        read_table(layout.overview.with_suffix(".tsv")).set_index("run").loc["sub-00004_task-rest"]
+    )
+    assert pd.isna(row["excluded"])
+    assert "could not be measured: its store is damaged" in row["motion_note"]
 
 
 def test_what_is_missing_is_an_error_that_names_it(config: Config) -> None:

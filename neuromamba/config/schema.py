@@ -6,6 +6,7 @@ Importing this module imports no numerical library, because the Snakefile reads 
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -244,6 +245,19 @@ class Config(Section):
                 "evaluate.baselines has fc-partial, which needs partial correlations: add partial "
                 f"to rois.connectivity ({', '.join(self.rois.connectivity)})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _raw_datasets_have_derivatives_of_their_own(self) -> Config:
+        places: dict[str, str] = {}
+        for name, dataset in self.datasets.items():
+            if dataset.bids:
+                other = places.setdefault(os.path.normpath(dataset.derivatives), name)
+                if other != name:
+                    raise ValueError(
+                        f"datasets {other} and {name} both preprocess into {dataset.derivatives}, "
+                        "where each would replace the other's subjects; give one another place"
+                    )
         return self
 
     @model_validator(mode="after")
