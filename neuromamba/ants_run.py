@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ from neuromamba.motion import (
     track_motion,
 )
 from neuromamba.nifti import Header, read_header
-from neuromamba.raw_bids import RawRun, read_raw_metadata
+from neuromamba.raw_bids import RawRun
 from neuromamba.resample_series import (
     Series,
     correct_slice_timing,
     decode_series,
+    map_new,
     middle_of,
     open_series,
     resample_volumes,
@@ -52,6 +54,7 @@ from neuromamba.resample_series import (
     storage,
     write_image,
 )
+from neuromamba.sidecars import check_repetition_time, merge_sidecars
 
 MIN_VOLUMES = 10
 """Fewer give neither a reference nor confounds that mean anything."""
@@ -75,10 +78,17 @@ class Job:
     anatomy: Anatomy | None
     outputs: Outputs
 
+    @cached_property
+    def near(self) -> npt.NDArray[np.intp]:
+        """(voxel,) numbers of the grid's voxels in the template's brain and around it."""
+        mask, voxel_size = self.template.mask, self.template.grid.affine[0, 0]
+        depth = ndimage.distance_transform_edt(~mask, sampling=voxel_size)
+        return np.flatnonzero(self.template.on(self.grid, depth <= MARGIN_MM).ravel(order="F"))
+
 
 @dataclass(frozen=True)
 class _Scan:
-    """A run on disk, in time: `series` is (time, z, y, x)."""
+    """A run on disk, in time: `series` is (time, z, y, x), `brain` the reference's (x, y, z)."""
 
     run: RawRun
     header: Header
@@ -86,6 +96,7 @@ class _Scan:
     series: Series
     non_steady: int
     reference: nibabel.Nifti1Image
+    brain: npt.NDArray[np.bool_]
     motion: Motion
     start_time: float | None
 
@@ -96,11 +107,10 @@ class _Scan:
 
 def preprocess_run(job: Job, run: RawRun) -> None:
     """Write a run and its confounds; `InputError` when it cannot be used."""
-    header, metadata = _usable(job.bids, run)
+    header, metadata = _usable(run)
     with _folder(job.work / run.name) as work:
         scan = _in_time(job, run, header, metadata, work)
-        brain = find_brain(scan.reference, header.path)
-        alignment = align(scan.reference, brain, job.anatomy, job.template, work, header.path)
+        alignment = align(scan.reference, scan.brain, job.anatomy, job.template, work, header.path)
         mask, series, voxels = _in_space(job, scan, alignment, work)
         _write_confounds(job, scan, mask, series, voxels)
         sidecar = bold_sidecar(
@@ -112,7 +122,7 @@ def preprocess_run(job: Job, run: RawRun) -> None:
         write_json(job.outputs.func(run, "desc-preproc_bold.json"), sidecar)
 
 
-def _usable(bids: Path, run: RawRun) -> tuple[Header, dict[str, Any]]:
+def _usable(run: RawRun) -> tuple[Header, dict[str, Any]]:
     """The run's header and metadata; `InputError` when it cannot be used, as far as they tell."""
     if run.problem:
         raise InputError(run.problem)
@@ -126,13 +136,8 @@ def _usable(bids: Path, run: RawRun) -> tuple[Header, dict[str, Any]]:
         raise InputError(
             f"{header.path}: has {header.n_volumes} volumes, and at least {MIN_VOLUMES} are needed"
         )
-    metadata = read_raw_metadata(bids, run.bold[0])
-    step = metadata.get("RepetitionTime")
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 < step <= 30:
-        raise InputError(
-            f"{header.path}: its sidecars give {step!r} as RepetitionTime, which must be seconds, "
-            "above 0 and at most 30; correct them"
-        )
+    metadata = merge_sidecars(run.sidecars[0])
+    check_repetition_time(metadata.get("RepetitionTime"), f"the sidecar of {header.path}")
     return header, metadata
 
 
@@ -147,7 +152,8 @@ def _in_time(job: Job, run: RawRun, header: Header, metadata: dict[str, Any], wo
     with _naming(header.path):
         reference = nibabel.Nifti1Image(make_reference(volumes, header.affine), header.affine)
     sizes = nibabel.affines.voxel_sizes(header.affine)
-    depth = ndimage.distance_transform_edt(~find_brain(reference, header.path), sampling=sizes)
+    brain = find_brain(reference, header.path)
+    depth = ndimage.distance_transform_edt(~brain, sampling=sizes)
     shown = tqdm(volumes, desc=f"{run.name}: motion", unit="volume", leave=False, mininterval=1.0)
     still = reference.get_fdata(dtype=np.float32)
     with _naming(header.path):
@@ -157,7 +163,7 @@ def _in_time(job: Job, run: RawRun, header: Header, metadata: dict[str, Any], wo
         axis, times = slice_times(metadata, series.shape, header.path)
         correct_slice_timing(series, axis, times, float(metadata["RepetitionTime"]), non_steady)
         start_time = middle_of(times)
-    return _Scan(run, header, metadata, series, non_steady, reference, motion, start_time)
+    return _Scan(run, header, metadata, series, non_steady, reference, brain, motion, start_time)
 
 
 # --- Space ----------------------------------------------------------------------------------------
@@ -174,8 +180,7 @@ def _in_space(
         The run's mask, its series, and the voxels' numbers on the grid, for the template's brain.
     """
     template, grid, outputs = job.template, job.grid, job.outputs
-    depth = ndimage.distance_transform_edt(~template.mask, sampling=template.grid.affine[0, 0])
-    near = np.flatnonzero(template.on(grid, depth <= MARGIN_MM).ravel(order="F"))
+    near = job.near
     is_brain = template.on(grid, template.mask).ravel(order="F")[near]
     points = map_points(grid.points(near), alignment.transforms)
     header, n_volumes = scan.header, len(scan.series)
@@ -184,7 +189,7 @@ def _in_space(
     highest = max(float(volume.max()) for volume in scan.series)
     dtype, step = storage(header, highest)
     shape = (n_volumes, int(is_brain.sum()))
-    brain = np.memmap(work / "brain", dtype=np.float32, mode="w+", shape=shape)
+    brain = map_new(work / "brain", shape)
     seen = np.ones(len(near), dtype=bool)
     options = job.settings.ants.interpolation, job.settings.threads
     volumes = resample_volumes(scan.series, header.affine, points, matrices, *options)
@@ -250,6 +255,7 @@ def _write_confounds(
         scan.repetition_time,
         scan.non_steady,
         job.settings.ants.motion_parameters,
+        scan.motion.unaligned,
     )
     text = table.to_csv(
         sep="\t", index=False, na_rep="n/a", float_format="%.9g", lineterminator="\n"

@@ -22,10 +22,10 @@ from neuromamba.measured import read_measured
 BYTES_PER_VOLUME = 500_000
 BYTES_PER_SUBJECT = 22_000_000
 """Of what `ants` makes at 2 mm of the scan below; fMRIPrep's are much the same."""
-ANTS_SECONDS_PER_SUBJECT = 53.0
-ANTS_SECONDS_PER_VOLUME = 0.23
+ANTS_SECONDS_PER_SUBJECT = 43.0
+ANTS_SECONDS_PER_VOLUME = 0.2
 ANTS_SOURCE = (
-    "ants: 53 s a subject and 0.23 s a volume of processor time, as measured of a real scan (80 x "
+    "ants: 43 s a subject and 0.2 s a volume of processor time, as measured of a real scan (80 x "
     "80 x 35 x 156, with a T1w image) on an AMD EPYC core, 2026-11-29"
 )
 FMRIPREP_CORE_HOURS = 8.0
@@ -95,7 +95,8 @@ def _add_preprocessing(effort: Effort, config: Config, runs: Sequence[CheckedRun
         }
     )
     effort.notes.append(
-        f"{source}. A job is a subject; its preprocess.threads = {threads} share the work evenly."
+        f"{source}. A job is a subject; its hours are the least, if its {threads} thread(s) shared "
+        "all work evenly."
     )
 
 

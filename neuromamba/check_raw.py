@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +18,10 @@ from neuromamba.findings import CheckedRun, Finding, Level
 from neuromamba.headers import Glimpse, glimpse, glimpse_series
 from neuromamba.listing import READERS
 from neuromamba.raw_bids import RawRun, RawSubject, scan_raw_subjects, select_raw_subjects
-from neuromamba.sidecars import check_repetition_time, read_sidecar
+from neuromamba.sidecars import check_repetition_time, check_slice_timing, read_sidecar
 
 TOLERANCE = 1e-3
 """Seconds by which header and sidecar may differ, as headers hold 32-bit numbers."""
-SLICE_AXES = {"i": 0, "j": 1, "k": 2}
 
 
 @dataclass(frozen=True)
@@ -240,35 +238,7 @@ def _check_slice_timing(
     if "SliceTiming" not in metadata:
         add("note", f"no SliceTiming: slices of {path} are taken as acquired all at once")
         return
-    wrong = _bad_slice_timing(metadata, header, repetition_time)
-    if wrong:
-        raise InputError(
-            f"bad SliceTiming: in the sidecar of {path} {wrong}; correct or remove it, or switch "
-            "the correction off"
-        )
-
-
-def _bad_slice_timing(
-    metadata: dict[str, Any], header: Glimpse, repetition_time: float
-) -> str | None:
-    """What is wrong with the times of the slices, if anything."""
-    times = metadata["SliceTiming"]
-    direction = str(metadata.get("SliceEncodingDirection", "k"))
-    if direction.rstrip("-") not in SLICE_AXES:
-        return f"SliceEncodingDirection {direction!r} is none of i, j, k (or with a minus)"
-    number = (int, float)
-    if not isinstance(times, list) or not all(
-        isinstance(time, number) and not isinstance(time, bool) and math.isfinite(time)
-        for time in times
-    ):
-        return "it is not a list of numbers"
-    slices = header.shape[SLICE_AXES[direction[0]]]
-    if len(times) != slices:
-        return f"it has {len(times)} times for {slices} slices"
-    if min(times) < 0 or max(times) >= repetition_time:
-        unit = " (milliseconds?)" if max(times) > 10 * repetition_time else ""
-        return f"times reach from {min(times):g} to {max(times):g} s{unit}, TR {repetition_time:g}"
-    return None
+    check_slice_timing(metadata, header.shape[:3], repetition_time, path)
 
 
 def _check_anatomy(

@@ -13,7 +13,7 @@ al., NeuroImage 37 (2007) (CompCor); Satterthwaite et al., NeuroImage 64 (2013) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ def make_confounds(
     repetition_time: float,
     non_steady: int = 0,
     n_motion: int = 24,
+    unaligned: Collection[int] = (),
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """All nuisance signals of a run.
 
@@ -65,6 +66,9 @@ def make_confounds(
         Volumes at the start before the steady state.
     n_motion
         6, or 24 with derivatives and squares.
+    unaligned
+        Volumes of which the motion is unknown: their parameters repeat those of the last one
+        before, so that by their framewise displacement they have not moved.
 
     Returns
     -------
@@ -85,7 +89,7 @@ def make_confounds(
     for k in range(cosines.shape[1]):
         table[f"cosine{k:02}"] = cosines[:, k]
     components, described = component_columns(series, tissues, cosines, non_steady)
-    table = pd.concat([table, components, outlier_columns(table, non_steady)], axis=1)
+    table = pd.concat([table, components, outlier_columns(table, non_steady, unaligned)], axis=1)
     return table, {**{n: {"Description": describe(n)} for n in map(str, table)}, **described}
 
 
@@ -237,9 +241,15 @@ def principal_components(
 # --- Outliers -------------------------------------------------------------------------------------
 
 
-def outlier_columns(table: pd.DataFrame, non_steady: int) -> pd.DataFrame:
-    """A column with a single 1 for each volume before the steady state or with much motion."""
+def outlier_columns(
+    table: pd.DataFrame, non_steady: int, unaligned: Collection[int] = ()
+) -> pd.DataFrame:
+    """A column with a single 1 for each volume before the steady state or with much motion.
+
+    That of volumes that could not be aligned is unknown, and counts as much.
+    """
     high = (table["framewise_displacement"] > HIGH_FD) | (table["std_dvars"] > HIGH_DVARS)
+    high |= table.index.isin(list(unaligned))
     groups = {
         "non_steady_state_outlier": range(non_steady),
         "motion_outlier": [int(k) for k in np.flatnonzero(high) if k >= non_steady],
@@ -272,7 +282,8 @@ def describe(column: str) -> str:
         "framewise_displacement": "Framewise displacement (Power, 50 mm), mm",
         "cosine": "Discrete cosine basis of the 128 s high-pass filter",
         "non_steady_state_outlier": "Volume before the steady state",
-        "motion_outlier": f"Volume with FD > {HIGH_FD} mm or standardised DVARS > {HIGH_DVARS}",
+        "motion_outlier": f"Volume with FD > {HIGH_FD} mm or standardised DVARS > {HIGH_DVARS}, or "
+        "that could not be aligned",
     }
     text = next((kinds[kind] for kind in kinds if column.startswith(kind)), "")
     step = "; difference from the volume before" if "_derivative1" in column else ""

@@ -7,6 +7,10 @@ Design choices
   reason to leave its runs out.
 - fMRIPrep ends with 1 on any crash and on a failure of its report alone, and goes on after a crash
   as far as it can: which runs it has made is told by the files, whatever the exit status.
+- fMRIPrep is told by filters of PyBIDS what to work on: for each entity, which values are wanted. A
+  run that they cannot tell from the wanted ones is worked on too, as no other depends on it, and
+  not published. A T1w image that they cannot leave out would be averaged into the anatomy, so the
+  subject is refused.
 - `fmriprep-docker` cannot name its container, but can set variables in it: by one of them the
   container is found again, and killed, when the client is gone.
 
@@ -18,9 +22,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from neuromamba.bids_scan import LONG_NAMES, entities_of
 from neuromamba.config import Preprocess
 from neuromamba.files import InputError, digest_json, write_json
 from neuromamba.fmriprep_command import (
@@ -31,13 +36,21 @@ from neuromamba.fmriprep_command import (
 )
 from neuromamba.fmriprep_reasons import explain, last_words
 from neuromamba.publish import verify_subject
-from neuromamba.raw_bids import RawSubject
+from neuromamba.raw_bids import RawSubject, scan_subject
+from neuromamba.sidecars import split_name
 from neuromamba.supervise import end_earlier, run_program
 
 CLIENT_FAILED = {"docker": 125, "apptainer": 255}
 """Exit statuses of the clients themselves."""
 CLIENT_SECONDS = 60.0
 """Patience with a command of the Docker client."""
+OF_PYBIDS = {"task": "task", "run": "run"} | {
+    short: name for name, short in LONG_NAMES.items() if short != "sub"
+}
+"""PyBIDS's names of the entities that tell a subject's images apart."""
+
+Filter = dict[str, list[str | None]]
+"""Values by the names of entities; `None` is for images without one."""
 
 
 def preprocess_subject(
@@ -70,12 +83,12 @@ def preprocess_subject(
     NotReadyError
         When fMRIPrep cannot be started on this machine with these settings.
     InputError
-        When no run of the subject is whole.
+        When no run of the subject is whole, or a T1w image cannot be left out.
     """
     bids, output, work = (path.resolve() for path in (bids, output, work))
     output.mkdir(parents=True, exist_ok=True)  # or Docker makes them, as root
     work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "bids_filter.json", bids_filter(subject))
+    write_json(work / "bids_filter.json", bids_filter(subject, scan_subject(bids, subject.name)))
     token = digest_json(str(work))[:16]
     build = docker_command if settings.engine == "docker" else apptainer_command
     command = build(bids, subject, output, work, space, settings, token)
@@ -96,13 +109,64 @@ def preprocess_subject(
     return {run: reasons[run] for run in broken}
 
 
-def bids_filter(subject: RawSubject) -> dict[str, dict[str, list[str]]]:
-    """Which scans fMRIPrep works on: the tasks, and sessions, of the runs that are wanted."""
-    chosen = {"task": sorted({run.entities["task"] for run in subject.runs})}
-    sessions = {run.entities.get("ses") for run in subject.runs}
-    if None not in sessions:
-        chosen["session"] = sorted(filter(None, sessions))
-    return {"bold": chosen}
+# --- What it works on ---------------------------------------------------------------------------
+
+
+def bids_filter(subject: RawSubject, everything: RawSubject) -> dict[str, Filter]:
+    """Filters of PyBIDS for the wanted runs and T1w images.
+
+    Parameters
+    ----------
+    subject
+        The subject with what is wanted.
+    everything
+        The subject with all that is there, which fMRIPrep would otherwise take.
+
+    Raises
+    ------
+    InputError
+        When there is a T1w image that cannot be left out.
+    """
+    names = {run.name for run in subject.runs}
+    others = {run.name: run.entities for run in everything.runs if run.name not in names}
+    bold, inseparable = _separate([run.entities for run in subject.runs], others)
+    if inseparable:
+        print(
+            f"preprocess {subject.name}: fMRIPrep's filters cannot leave out "
+            f"{', '.join(inseparable)} alone, so it is worked on and not published",
+            file=sys.stderr,
+        )
+    tasks: list[str | None] = [*sorted({run.entities["task"] for run in subject.runs})]
+    images = {path.name: entities_of(split_name(path.name)[0]) for path in everything.t1w}
+    wanted = [images.pop(path.name) for path in subject.t1w]
+    t1w, inseparable = _separate(wanted, images)
+    if inseparable:
+        raise InputError(
+            f"{', '.join(inseparable)}: exclude in the dataset YAML names it, but fMRIPrep's "
+            "filters cannot leave it out and keep another T1w image, which is needed; do not "
+            "exclude it, or move it out of the dataset's folder"
+        )
+    return {"bold": {"task": tasks, **bold}, **({"t1w": t1w} if t1w else {})}
+
+
+def _separate(
+    wanted: Sequence[dict[str, str]], others: dict[str, dict[str, str]]
+) -> tuple[Filter, list[str]]:
+    """What tells wanted images from others by their entities, and which it does not tell."""
+    if not wanted:
+        return {}, sorted(others)
+    values = {key: {entities.get(key) for entities in wanted} for key in OF_PYBIDS}
+    apart = {
+        name: [key for key in OF_PYBIDS if entities.get(key) not in values[key]]
+        for name, entities in others.items()
+    }
+    used = {key for keys in apart.values() for key in keys}
+    chosen = {
+        name: sorted(values[key], key=lambda value: value or "")
+        for key, name in OF_PYBIDS.items()
+        if key in used
+    }
+    return chosen, sorted(name for name, keys in apart.items() if not keys)
 
 
 # --- Containers ---------------------------------------------------------------------------------

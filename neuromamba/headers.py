@@ -1,7 +1,8 @@
 """What the header of a NIfTI file says, without reading its data.
 
 A few hundred bytes are decompressed; opening each file by `nibabel.load` takes many times as long,
-which counts where there are 10,000.
+which counts where there are 10,000. What makes a header unusable is the same for whoever reads the
+data afterwards (`usable_header`).
 """
 
 from __future__ import annotations
@@ -63,17 +64,64 @@ def glimpse(path: Path | str) -> Glimpse:
     Raises
     ------
     InputError
-        When the file is a link to content that is not here, cannot be read, or is not NIfTI.
+        When the file is a link to content that is not here, cannot be read, is not NIfTI, or is
+        refused by `usable_header`.
     """
     is_gzip = str(path).endswith(".gz")
     block, length = _ends(path if isinstance(path, Path) else Path(path), is_gzip)
     fields = _parse(path, block)
+    usable_header(path, block)
     dim, pixdim = fields["dim"].tolist(), fields["pixdim"].tolist()
     shape = tuple(dim[1 : 1 + dim[0]])
     step = pixdim[4] * SECONDS_PER_UNIT.get(int(fields["xyzt_units"]) & TIME_UNIT, 1.0)
     size = math.prod(shape) * int(fields["bitpix"]) // 8 + int(fields["vox_offset"])
     complete = length == size % 2**32 if is_gzip else length >= size
     return Glimpse(shape, step if step > 0 else None, complete)
+
+
+def usable_header(path: Path | str, start: bytes) -> Any:
+    """The NIfTI-1 or NIfTI-2 header that `start` begins with.
+
+    Raises
+    ------
+    InputError
+        When it is none, of a pair of files, or tells of other values than plain numbers, of an
+        unusable scale, or not where the voxels lie.
+    """
+    cure = "is it a NIfTI file, and whole? Convert or download it again"
+    sizes = {int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")}
+    kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
+    length = 540 if 540 in sizes else 348
+    if len(start) < length or not sizes & {348, 540}:
+        raise InputError(f"{path}: does not begin with a NIfTI header; {cure}")
+    try:
+        header = kind(binaryblock=start[:length])
+    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError) as error:
+        raise InputError(f"{path}: its NIfTI header is unusable ({error}); {cure}") from None
+    if not bytes(header["magic"]).startswith(b"n+"):
+        raise InputError(f"{path}: is not a single-file NIfTI; convert it to .nii.gz")
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise InputError(f"{path}: stores {dtype} values; convert it to integers or floats")
+    try:
+        header.get_slope_inter()
+    except nib.spatialimages.HeaderDataError as error:
+        raise InputError(f"{path}: unusable scl_slope or scl_inter ({error})") from None
+    _refuse_unplaced(path, header)
+    return header
+
+
+def _refuse_unplaced(path: Path | str, header: Any) -> None:
+    if header["sform_code"] <= 0 and header["qform_code"] <= 0:
+        raise InputError(
+            f"{path}: has neither sform nor qform, so where its voxels lie is unknown; set the "
+            "affine, for example by converting or preprocessing the run again"
+        )
+    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(
+            f"{path}: its affine cannot be inverted; convert or preprocess the run again"
+        )
 
 
 def _ends(path: Path, is_gzip: bool) -> tuple[bytes, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Inputs(ABC):
         self._labels: dict[str, pd.DataFrame] = {}
         self._outside: dict[Job, dict[str, str]] = {}
         self._images: dict[str, list[Anatomical]] = {}
+        self._digests: dict[str, str] = {}
 
     @abstractmethod
     def is_stale(self, job: Job) -> bool:
@@ -49,7 +51,7 @@ class Inputs(ABC):
         """What a job works on beside the results of those before it, JSON-able."""
         match job.stage:
             case "preprocess":
-                return self._raw_digest(job)
+                return [self._raw_digest(job), self._templates(job)]
             case "index":
                 keys = {"derivatives", "entities", "files", "exclude", "resolution"}
                 where = self.config.datasets[job.dataset].model_dump(mode="json", include=keys)
@@ -95,6 +97,21 @@ class Inputs(ABC):
         return self._digest(
             job, "raw", file, lambda: fingerprint_subject(Path(root), subject) if subject else ""
         )
+
+    def _templates(self, job: Job) -> dict[str, str | None]:
+        """Digests of the files that subjects are registered to."""
+        template = self.config.preprocess.ants.template
+        if self.config.preprocess.engine != "ants" or template is None:
+            return {}
+        return {
+            name: self._digest(job, f"template {name}", file, partial(self._template, file))
+            for name, file in template.model_dump(exclude_none=True).items()
+        }
+
+    def _template(self, file: str) -> str:
+        if file not in self._digests:
+            self._digests[file] = digest_file(file)
+        return self._digests[file]
 
     def _anatomicals(self, job: Job) -> str:
         """Digest of the T1w images of a batch's subjects."""

@@ -18,7 +18,6 @@ Framewise displacement: Power et al. 2012 (doi:10.1016/j.neuroimage.2011.10.018)
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -109,24 +108,6 @@ def track_motion(
     return Motion(np.array(rows).reshape(-1, 6), unaligned)
 
 
-def estimate_motion(
-    volumes: Volumes,
-    reference: npt.NDArray[np.floating],
-    affine: Matrix,
-    mask: Mask | None = None,
-) -> Matrix:
-    """The (t, 6) parameters of `track_motion`; a warning lists the volumes it could not align."""
-    motion = track_motion(volumes, reference, affine, mask)
-    if motion.unaligned:
-        reasons = ", ".join(f"{number} ({why})" for number, why in motion.unaligned.items())
-        warnings.warn(
-            "volumes that could not be aligned have the motion of the last one that could, counted "
-            f"from 0: {reasons}",
-            stacklevel=2,
-        )
-    return motion.parameters
-
-
 def rotation_centre(shape: tuple[int, ...], affine: Matrix) -> Matrix:
     """(3,) mm: the middle of a grid of `shape` (x, y, z) voxels, about which the head rotates."""
     return np.asarray(affine[:3, :3] @ ((np.array(shape[:3]) - 1) / 2) + affine[:3, 3])
@@ -138,7 +119,7 @@ def motion_matrices(parameters: Matrix, centre: npt.ArrayLike) -> Matrix:
     Parameters
     ----------
     parameters
-        (t, 6) from `estimate_motion`.
+        (t, 6) from `track_motion`.
     centre
         (3,) mm, from `rotation_centre` of the grid they were estimated on.
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 from isal import igzip, igzip_lib
 
 from neuromamba.files import InputError
+from neuromamba.headers import usable_header
 from neuromamba.prefetch import prefetch
 
 BLOCK_BYTES = 4 * 2**20
@@ -88,26 +88,20 @@ def read_header(path: Path | str) -> Header:
     path = Path(path)
     with _Stream(path) as stream:
         start = stream.read(540)
-    header = _parse(path, start)
+    header = usable_header(path, start)
     shape = tuple(int(n) for n in header.get_data_shape())
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise InputError(f"{path}: has shape {shape}; a 3D image or a 4D series is needed")
-    dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise InputError(f"{path}: stores {dtype} values; convert it to integers or floats")
-    try:
-        slope, intercept = header.get_slope_inter()
-    except nibabel.spatialimages.HeaderDataError as error:
-        raise InputError(f"{path}: unusable scl_slope or scl_inter ({error})") from None
+    slope, intercept = header.get_slope_inter()
     return Header(
         path=path,
         shape=(shape[0], shape[1], shape[2]),
         n_volumes=shape[3] if len(shape) == 4 else 1,
         is_series=len(shape) == 4,
-        affine=_affine(path, header),
-        dtype=dtype,
+        affine=np.asarray(header.get_best_affine(), dtype=np.float64),
+        dtype=header.get_data_dtype(),
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
         offset=int(header["vox_offset"]) or 352,
@@ -145,35 +139,6 @@ def read_image(header: Header) -> npt.NDArray[np.float32]:
     first, *_ = [block[0] for block in read_blocks(header, ahead=0)]
     values = first.astype(np.float32) * np.float32(header.slope) + np.float32(header.intercept)
     return values.reshape(header.shape, order="F")
-
-
-def _parse(path: Path, start: bytes) -> Any:
-    """The NIfTI-1 or NIfTI-2 header that `start` begins with."""
-    cure = "is it a NIfTI file, and whole? Convert or download it again"
-    sizes = {int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")}
-    kind = nibabel.Nifti2Header if 540 in sizes else nibabel.Nifti1Header
-    length = 540 if 540 in sizes else 348
-    if len(start) < length or not sizes & {348, 540}:
-        raise InputError(f"{path}: does not begin with a NIfTI header; {cure}")
-    try:
-        header = kind(binaryblock=start[:length])
-    except (nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError) as error:
-        raise InputError(f"{path}: its NIfTI header is unusable ({error}); {cure}") from None
-    if not bytes(header["magic"]).startswith(b"n+"):
-        raise InputError(f"{path}: is not a single-file NIfTI; convert it to .nii.gz")
-    return header
-
-
-def _affine(path: Path, header: Any) -> npt.NDArray[np.float64]:
-    if header["sform_code"] <= 0 and header["qform_code"] <= 0:
-        raise InputError(
-            f"{path}: has neither sform nor qform, so where its voxels lie is unknown; "
-            "set the affine, for example by preprocessing the run again"
-        )
-    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: its affine cannot be inverted; preprocess the run again")
-    return affine
 
 
 class _Stream:

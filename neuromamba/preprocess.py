@@ -27,10 +27,10 @@ from neuromamba.files import InputError, digest_json, write_json
 from neuromamba.fmriprep_command import NotReadyError
 from neuromamba.fmriprep_reasons import DISK_FULL
 from neuromamba.layout import Layout
+from neuromamba.preprocess_key import engine_settings
 from neuromamba.publish import HIDDEN, publish, read_record, recover, verify_subject, withdraw
 from neuromamba.raw_bids import RawSubject, fingerprint_subject
 from neuromamba.raw_listing import generated_by, limits_of, raw_subjects
-from neuromamba.source_code import code_of
 
 Engine = Callable[[Path, RawSubject, Path, Path, str, Preprocess], dict[str, str]]
 KEPT = "sourcedata"
@@ -95,7 +95,7 @@ def _plan(config: Config, dataset: str, subject: str) -> _Task:
         )
     bids, derivatives = Path(settings.bids), Path(settings.derivatives)
     fingerprint = fingerprint_subject(bids, raw)
-    key = digest_json([_engine_settings(own), settings.space, fingerprint])[:16]
+    key = digest_json([engine_settings(own), settings.space, fingerprint])[:16]
     scratch = Path(own.scratch, dataset) if own.scratch else derivatives / HIDDEN / "work"
     return _Task(
         config=own,
@@ -108,18 +108,6 @@ def _plan(config: Config, dataset: str, subject: str) -> _Task:
         key=key,
         scratch=scratch / f"{subject}-{key}",
     )
-
-
-def _engine_settings(settings: Preprocess) -> list[Any]:
-    """What the derivatives depend on beside the scans."""
-    match settings.engine:
-        case "none":
-            return ["none"]
-        case "ants":
-            return ["ants", settings.ants.model_dump(mode="json"), code_of("ants_engine")]
-        case _:
-            places = {"license", "templateflow"}
-            return [settings.engine, settings.fmriprep.model_dump(mode="json", exclude=places)]
 
 
 def _engine(task: _Task) -> Engine:

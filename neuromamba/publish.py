@@ -37,6 +37,8 @@ HIDDEN = ".neuromamba"
 RECORD = ".neuromamba.json"
 """File of a subject's folder that tells how it was made."""
 DESCRIPTION = "dataset_description.json"
+SURFACES = "sourcedata/freesurfer"
+"""Folder of FreeSurfer's subjects."""
 GRID_MM = 1e-3
 """Largest difference between the affines of a run and its mask."""
 
@@ -130,7 +132,8 @@ def publish(
     ----------
     output
         The private folder that they were made in. It loses them if a rename can move them;
-        from another file system they are copied.
+        from another file system they are copied. So are surfaces while a run is left out, as
+        another attempt goes on from them.
     derivatives
         What others read. Files at its top are added where they are not there yet.
     subject
@@ -146,10 +149,12 @@ def publish(
     write_json(output / name / RECORD, record)
     _share(output, derivatives, name)
     with atomic_path(derivatives / HIDDEN / "new" / name) as staged:
+        again = not {run.name for run in subject.runs} <= {*whole}
         for entry in list(_entries(output, name)):
             target = staged / entry.relative_to(output)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _move(entry, target)
+            is_surface = entry.is_relative_to(output / SURFACES)
+            (_copy if again and is_surface else _move)(entry, target)
     _swap(derivatives, name)
 
 
@@ -202,7 +207,7 @@ def _entries(root: Path, name: str) -> Iterator[Path]:
     if (root / name).is_dir():
         yield root / name
     yield from _reports(root, name)
-    surfaces = root / "sourcedata" / "freesurfer"
+    surfaces = root / SURFACES
     yield from sorted({*surfaces.glob(name), *surfaces.glob(f"{name}_*")})
 
 

@@ -1,4 +1,4 @@
-"""Find the scans of a raw BIDS dataset by their names, and what their sidecars say.
+"""Find the scans of a raw BIDS dataset, and their sidecars, by their names.
 
 Design choices
 --------------
@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from neuromamba.bids_scan import entities_of, has_wanted_entities, run_name
 from neuromamba.config import Dataset
@@ -24,9 +23,7 @@ from neuromamba.listing import READERS, find_excluded, refuse_useless_exclude, s
 from neuromamba.sidecars import (
     Level,
     applicable,
-    find_sidecars,
     list_folder,
-    merge_sidecars,
     sidecar_level,
     split_name,
 )
@@ -139,6 +136,11 @@ def scan_raw_subjects(dataset: Dataset) -> list[RawSubject]:
         raise InputError(
             f"{error.filename} cannot be listed; ask for permission to read it"
         ) from None
+
+
+def scan_subject(root: Path | str, name: str) -> RawSubject:
+    """One subject of a folder with all its runs and images, whatever is selected."""
+    return _scan_subject(str(root), name, sidecar_level(str(root), list_folder(root)[0]))
 
 
 def _choose(subject: RawSubject, dataset: Dataset, excluded: set[str]) -> RawSubject:
@@ -263,24 +265,6 @@ def _problem(subject: str, images: Sequence[_Image]) -> str | None:
 
 
 # --- Content ------------------------------------------------------------------------------------
-
-
-def read_raw_metadata(root: Path, image: Path) -> dict[str, Any]:
-    """What the JSON sidecars of an image say: the nearest wins, key by key.
-
-    Parameters
-    ----------
-    root
-        The dataset's folder.
-    image
-        A NIfTI file in it.
-
-    Raises
-    ------
-    InputError
-        When a sidecar is not valid JSON, or not an object; the message names it.
-    """
-    return merge_sidecars(find_sidecars(root, image))
 
 
 def fingerprint_subject(root: Path, subject: RawSubject) -> str:

@@ -16,6 +16,7 @@ Sources: slice timing to the middle of the acquisition and one composed interpol
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,15 +31,34 @@ from isal import igzip
 from scipy import ndimage
 
 from neuromamba.ants_template import Grid
-from neuromamba.files import InputError, atomic_path
+from neuromamba.files import atomic_path
 from neuromamba.nifti import Header, read_blocks
 from neuromamba.resample import Affine
+from neuromamba.sidecars import check_slice_timing
 
 Series = npt.NDArray[np.float32]
-AXES = {"i": 3, "j": 2, "k": 1}
-"""Axes of a (time, z, y, x) series by the names of BIDS."""
 MNI_CODE = 4
+ZEROS = 2**20
+"""Bytes that are written at a time where space cannot be reserved otherwise."""
 ORDERS: dict[str, Literal[1, 3]] = {"linear": 1, "cubic": 3}
+
+
+def map_new(path: Path, shape: tuple[int, ...]) -> Series:
+    """A new file as a memory-mapped float32 array, all 0.
+
+    Raises
+    ------
+    OSError
+        When the disk has no room for it; a write to a mapping without would kill the process.
+    """
+    with path.open("wb") as file:
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for start in range(0, size, ZEROS):
+                file.write(bytes(min(ZEROS, size - start)))
+    return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
 
 
 def decode_series(header: Header, path: Path) -> Series:
@@ -48,9 +68,11 @@ def decode_series(header: Header, path: Path) -> Series:
     ------
     InputError
         When the file is truncated or damaged.
+    OSError
+        When the disk is full.
     """
     shape = (header.n_volumes, *header.shape[::-1])
-    series = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
+    series = map_new(path, shape)
     flat, done = series.reshape(len(series), -1), 0
     for block in read_blocks(header):
         values = block.astype(np.float32) * np.float32(header.slope) + np.float32(header.intercept)
@@ -80,25 +102,9 @@ def slice_times(metadata: dict[str, Any], shape: Sequence[int], where: Path) -> 
     InputError
         When the times do not fit the scan.
     """
-    direction = str(metadata.get("SliceEncodingDirection", "k"))
-    times = np.asarray(metadata["SliceTiming"], dtype=np.float64)
-    cure = "correct the sidecar, or set preprocess.ants.slice_timing: false"
-    if direction.removesuffix("-") not in AXES:
-        raise InputError(f"{where}: SliceEncodingDirection {direction!r} is not i, j or k; {cure}")
-    axis = AXES[direction.removesuffix("-")]
-    if times.shape != (shape[axis],):
-        raise InputError(
-            f"{where}: SliceTiming has {times.size} times and the scan {shape[axis]} slices along "
-            f"{direction}; {cure}"
-        )
-    if not (
-        np.isfinite(times).all() and times.min() >= 0 and times.max() < metadata["RepetitionTime"]
-    ):
-        raise InputError(
-            f"{where}: SliceTiming goes from {times.min():g} to {times.max():g}, which must lie "
-            f"between 0 and the repetition time ({metadata['RepetitionTime']:g} s); {cure}"
-        )
-    return axis, times[::-1] if direction.endswith("-") else times
+    in_order = shape[:0:-1]
+    axis, times = check_slice_timing(metadata, in_order, metadata["RepetitionTime"], where)
+    return len(in_order) - axis, np.array(times)
 
 
 def middle_of(times: npt.NDArray[np.float64]) -> float:

@@ -17,6 +17,9 @@ from neuromamba.files import InputError, read_json
 Level = dict[str, list[tuple[frozenset[tuple[str, str]], Path]]]
 """The sidecars of one folder by suffix: the entities that an image must have, and the path."""
 LONGEST_REPETITION_TIME = 30.0
+SLICE_AXES = {"i": 0, "j": 1, "k": 2}
+LONGEST_TIME = 1e9
+"""Seconds, or milliseconds: what is longer (or NaN) is no time."""
 
 
 def find_sidecars(root: Path, image: Path) -> tuple[Path, ...]:
@@ -104,3 +107,51 @@ def check_repetition_time(value: Any, sidecar: Path | str) -> float:
             f"{sidecar} has {value!r}; correct it"
         )
     return float(value)
+
+
+def check_slice_timing(
+    metadata: dict[str, Any], shape: Sequence[int], repetition_time: float, image: Path | str
+) -> tuple[int, list[float]]:
+    """The slices' axis, 0 to 2 for x to z, and when in a volume each is taken: s, by its index.
+
+    Parameters
+    ----------
+    metadata
+        With `SliceTiming` (s), and maybe `SliceEncodingDirection`: `k-` means that the times begin
+        with the last slice.
+    shape
+        Voxels along x, y, z.
+    repetition_time
+        s.
+    image
+        The scan, for messages.
+
+    Raises
+    ------
+    InputError
+        When the times are none, or do not fit the scan.
+    """
+    direction = str(metadata.get("SliceEncodingDirection", "k"))
+    axis = SLICE_AXES.get(direction.removesuffix("-"))
+    times = metadata["SliceTiming"]
+    if axis is None:
+        wrong = f"SliceEncodingDirection {direction!r} is none of i, j, k (or with a minus)"
+    elif not (isinstance(times, list) and all(map(_is_time, times))):
+        wrong = "it is not a list of numbers"
+    elif len(times) != shape[axis]:
+        wrong = f"it has {len(times)} times for {shape[axis]} slices"
+    elif min(times) < 0 or max(times) >= repetition_time:
+        unit = " (milliseconds?)" if max(times) > 10 * repetition_time else ""
+        wrong = f"times reach from {min(times):g} to {max(times):g} s{unit}, TR {repetition_time:g}"
+    else:
+        in_order = times[::-1] if direction.endswith("-") else times
+        return axis, [float(time) for time in in_order]
+    raise InputError(
+        f"bad SliceTiming: in the sidecar of {image} {wrong}; correct or remove it, or switch the "
+        "correction off"
+    )
+
+
+def _is_time(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < LONGEST_TIME

@@ -4,7 +4,8 @@ Design choices
 --------------
 - The program has a process group of its own, so that the time limit, Ctrl-C and the cluster's
   SIGTERM end it and its children, and nothing else.
-- What it prints goes to a log file and, as it comes, to stderr.
+- What it prints goes to a log file and, as it comes, to stderr. Where these cannot be written, as
+  on a full disk, it is ended, and the error is the caller's.
 - A container goes on when the client that started it is killed: the caller says how to stop it.
 - A caller that was killed by SIGKILL can end nothing. What it left running is found by a variable
   of its environment (on Linux) before the next start works in the same folder.
@@ -30,6 +31,8 @@ from neuromamba.files import InputError
 GRACE = 20.0
 """Seconds from SIGTERM to SIGKILL; SLURM itself gives 30."""
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOK = 1.0
+"""Seconds between two looks at whether all is well."""
 POLL = 0.05
 """Seconds between two looks at whether a process group has ended."""
 
@@ -71,6 +74,8 @@ def run_program(
     ------
     InputError
         When it cannot be started.
+    OSError
+        When the log or stderr cannot be written, once the program has been ended.
     KeyboardInterrupt, SystemExit
         On SIGINT, and on SIGTERM or SIGHUP, once the program has ended.
     """
@@ -78,14 +83,15 @@ def run_program(
     with _raising_on_signals(), log.open("w", encoding="utf-8") as output:
         process = _start(command, environment)
         try:
-            relay = threading.Thread(target=_relay, args=(process.stdout, output), daemon=True)
+            relay = _Relay(process.stdout, output)
             relay.start()
-            ended_well = process.wait(time_limit) == 0
-        except subprocess.TimeoutExpired:
-            timed_out = True
+            timed_out = not _wait(process, time_limit, relay)
+            ended_well = process.returncode == 0
         finally:
             _end_group(process, _nothing if ended_well else stop)
         relay.join(GRACE)  # in vain where a process that has left the group holds the pipe
+        if relay.error is not None:
+            raise relay.error
     code = process.returncode
     return Ended(code if code >= 0 else 128 - code, timed_out)
 
@@ -110,12 +116,38 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess
         raise InputError(f"{command[0]} cannot be started ({error.strerror})") from None
 
 
-def _relay(source: IO[str], log: IO[str]) -> None:
-    with suppress(ValueError):  # the log is closed: the program is over, and a straggler prints
-        for line in source:
-            log.write(line)
-            log.flush()
-            sys.stderr.write(line)
+class _Relay(threading.Thread):
+    """Copies what a program prints. After an error it only reads on, so that none waits for it."""
+
+    def __init__(self, source: IO[str] | None, log: IO[str]):
+        super().__init__(daemon=True)
+        assert source is not None
+        self._source, self._log = source, log
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        # ValueError: the log is closed, as the program is over, and a straggler prints.
+        with suppress(ValueError):
+            try:
+                for line in self._source:
+                    self._log.write(line)
+                    self._log.flush()
+                    sys.stderr.write(line)
+            except OSError as error:
+                self.error = error
+                for _ in self._source:
+                    pass
+
+
+def _wait(process: subprocess.Popen[str], time_limit: float, relay: _Relay) -> bool:
+    """Wait for the end of a program, or of what it prints to; false when the time is over."""
+    deadline = time.monotonic() + time_limit
+    while process.poll() is None and relay.error is None:
+        if time.monotonic() > deadline:
+            return False
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(LOOK, max(0.0, deadline - time.monotonic())))
+    return True
 
 
 @contextmanager

@@ -116,6 +116,11 @@ def fmriprep(bids: Path, out: Path, work: Path, arguments: list[str], filters: P
         print("261129-12:00:00,001 nipype.workflow CRITICAL:\n\t ERROR: no commands", flush=True)
         return 126
     write_image(out / f"sub-{label}" / "anat" / f"sub-{label}_desc-preproc_T1w.nii.gz", (4, 4, 4))
+    if "--fs-no-reconall" not in arguments:
+        surfaces = out / "sourcedata" / "freesurfer" / f"sub-{label}" / "scripts"
+        surfaces.mkdir(parents=True, exist_ok=True)
+        with (surfaces / "recon-all.log").open("a") as log:  # resumed where there are any
+            log.write("started\n")
     for run in runs:
         for space in spaces:
             bold = write_run(out, run, space.partition(":")[0])
@@ -128,14 +133,13 @@ def fmriprep(bids: Path, out: Path, work: Path, arguments: list[str], filters: P
     return {"well": 0, "memory": 137}.get(end, 1)
 
 
-def _runs(folder: Path, wanted: dict[str, list[str]]) -> Iterator[str]:
+def _runs(folder: Path, wanted: dict[str, list[str | None]]) -> Iterator[str]:
+    short = {"session": "ses", "acquisition": "acq"}
     found = {}
     for path in sorted(folder.rglob("func/*_bold.nii.gz")):
         parts = dict(part.split("-") for part in path.name.removesuffix("_bold.nii.gz").split("_"))
         parts.pop("echo", None)
-        if parts.get("task") in wanted["task"] and parts.get("ses") in wanted.get(
-            "session", [None]
-        ):
+        if all(parts.get(short.get(key, key)) in values for key, values in wanted.items()):
             found["_".join(f"{key}-{value}" for key, value in parts.items())] = True
     yield from found
 

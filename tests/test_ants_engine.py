@@ -26,6 +26,7 @@ from fake_heads import (
 from nilearn.interfaces.fmriprep import load_confounds
 from scipy import ndimage
 
+from neuromamba.ants_alignment import find_brain
 from neuromamba.ants_engine import preprocess_subject
 from neuromamba.ants_template import load_template
 from neuromamba.config import Dataset, Preprocess
@@ -64,7 +65,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A head with a good run and three that cannot be used, through the whole engine."""
+    """A head with a good run and five that cannot be used, through the whole engine."""
     folder = tmp_path_factory.mktemp("ants")
     template = write_template(folder / "template")
     head = write_subject(folder / "bids", template)
@@ -78,6 +79,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     whole = (func / "sub-01_task-rest_bold.nii.gz").read_bytes()
     (func / "sub-01_task-cut_bold.nii.gz").write_bytes(whole[: len(whole) // 2])
     shutil.copy(func / "sub-01_task-rest_bold.json", func / "sub-01_task-cut_bold.json")
+    for task, change in (
+        ("times", {"SliceTiming": ["a", [0.5]]}),
+        ("slow", {"RepetitionTime": 99}),
+    ):
+        shutil.copy(func / "sub-01_task-rest_bold.nii.gz", func / f"sub-01_task-{task}_bold.nii.gz")
+        sidecar = json.loads((func / "sub-01_task-rest_bold.json").read_text())
+        (func / f"sub-01_task-{task}_bold.json").write_text(json.dumps(sidecar | change))
     case = Case(folder / "bids", template, folder / "out", {})
     case.left_out = case.run(case.output)
     return case
@@ -93,7 +101,10 @@ def agreement(case: Case, bold: np.ndarray, mask: np.ndarray) -> float:
 
 
 def test_the_run_is_whole_and_the_others_are_left_out_with_reasons(case: Case) -> None:
-    assert set(case.left_out) == {f"sub-01_task-{task}" for task in ("short", "echoes", "cut")}
+    tasks = ("short", "echoes", "cut", "times", "slow")
+    assert set(case.left_out) == {f"sub-01_task-{task}" for task in tasks}
+    assert "it is not a list of numbers" in case.left_out["sub-01_task-times"]
+    assert "RepetitionTime must be seconds" in case.left_out["sub-01_task-slow"]
     assert "4 volumes, and at least 10" in case.left_out["sub-01_task-short"]
     assert "2 echoes" in case.left_out["sub-01_task-echoes"]
     assert "fMRIPrep" in case.left_out["sub-01_task-echoes"]
@@ -203,8 +214,18 @@ def test_sidecars_say_what_was_done(case: Case) -> None:
     assert "susceptibility distortion correction" in made["Description"]
 
 
-def test_a_second_time_gives_the_same_bytes(case: Case, tmp_path: Path) -> None:
+def test_a_second_time_gives_the_same_bytes(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sought: list[str] = []
+
+    def counted(reference: Any, where: Path) -> Any:
+        sought.append(where.name)
+        return find_brain(reference, where)
+
+    monkeypatch.setattr("neuromamba.ants_run.find_brain", counted)
     case.run(tmp_path / "out")
+    assert sought.count("sub-01_task-rest_bold.nii.gz") == 1
     files = sorted(path.relative_to(case.output) for path in case.output.rglob("*.*"))
     assert files == sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*"))
     for name in files:
@@ -215,7 +236,9 @@ def test_a_second_time_gives_the_same_bytes(case: Case, tmp_path: Path) -> None:
 def test_without_a_t1w_runs_go_straight_to_the_template(case: Case, tmp_path: Path) -> None:
     bids = tmp_path / "bids"
     shutil.copytree(
-        case.bids, bids, ignore=shutil.ignore_patterns("anat", "*short*", "*echo*", "*cut*")
+        case.bids,
+        bids,
+        ignore=shutil.ignore_patterns("anat", "*short*", "*echo*", "*cut*", "*times*", "*slow*"),
     )
     alone = Case(bids, case.template, tmp_path / "out", {})
     assert alone.run(alone.output, slice_timing=False, motion_parameters=6) == {}

@@ -148,6 +148,19 @@ def test_outliers_by_either_measure_after_the_start() -> None:
     assert (columns.sum() == 1).all()
 
 
+def test_volumes_whose_motion_is_unknown_are_outliers() -> None:
+    repeated = parameters()
+    repeated[[20, 21]] = repeated[19]
+    table, columns = make_confounds(
+        series(), np.ones(400, bool), {}, repeated, 2.0, 2, unaligned={0: "why", 20: "", 21: ""}
+    )
+    assert (table["framewise_displacement"][[20, 21]] == 0).all()
+    outliers = table.filter(like="motion_outlier")
+    assert {20, 21} <= set(np.flatnonzero(outliers.sum(axis=1)))
+    assert (table.filter(like="outlier").sum(axis=1) <= 1).all()  # 0 is before the steady state
+    assert "could not be aligned" in columns["motion_outlier00"]["Description"]
+
+
 def test_motion_is_6_or_24_columns() -> None:
     for n in (6, 24):
         table, _ = confounds(n_motion=n)

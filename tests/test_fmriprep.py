@@ -14,7 +14,7 @@ from typing import Any
 
 import fake_fmriprep
 import pytest
-from fake_fmriprep import SPACE, calls, write_raw
+from fake_fmriprep import SPACE, calls, write_image, write_raw
 
 from neuromamba.config import Dataset, Preprocess
 from neuromamba.files import InputError
@@ -120,9 +120,62 @@ def test_only_the_wanted_tasks_and_sessions_are_worked_on(tmp_path: Path) -> Non
     runs = ["ses-1_task-rest", "ses-1_task-nback", "ses-2_task-rest", "ses-2_task-film"]
     write_raw(root, "sub-01", *runs)
     wanted = the_subject(root, entities={"task": ["rest", "film"], "session": ["2"]})
-    assert bids_filter(wanted) == {"bold": {"task": ["film", "rest"], "session": ["2"]}}
+    every = the_subject(root)
+    assert bids_filter(wanted, every) == {"bold": {"task": ["film", "rest"], "session": ["2"]}}
     mixed = the_subject(root, entities={"task": ["nback"]})
-    assert bids_filter(mixed) == {"bold": {"task": ["nback"], "session": ["1"]}}
+    assert bids_filter(mixed, every) == {"bold": {"task": ["nback"], "session": ["1"]}}
+    assert bids_filter(every, every) == {"bold": {"task": ["film", "nback", "rest"]}}
+
+
+def filtered(root: Path, *excluded: str) -> dict[str, Any]:
+    return bids_filter(the_subject(root, exclude=list(excluded)), the_subject(root))
+
+
+def test_excluded_runs_are_left_out_by_what_tells_them_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "raw"
+    runs = ["task-rest", "task-rest_run-2", "task-rest_acq-fast_run-2", "task-film_run-3"]
+    write_raw(root, "sub-01", *runs)
+    assert filtered(root, "sub-01_task-rest_run-2") == {"bold": {"task": ["film", "rest"]}}
+    assert "cannot leave out sub-01_task-rest_run-2 alone" in capsys.readouterr().err
+    assert filtered(root, "sub-01_task-film_run-3") == {
+        "bold": {"task": ["rest"], "run": [None, "2"]}
+    }
+    assert filtered(root, "sub-01_task-rest_acq-fast_run-2")["bold"]["acquisition"] == [None]
+    assert filtered(root, "sub-01_task-rest_run-2", "sub-01_task-rest_acq-fast_run-2") == {
+        "bold": {"task": ["film", "rest"], "acquisition": [None], "run": [None, "3"]}
+    }
+    assert capsys.readouterr().err == ""
+
+
+def test_an_excluded_t1w_is_left_out_or_the_subject_refused(tmp_path: Path) -> None:
+    root = tmp_path / "raw"
+    write_raw(root, "sub-01", "task-rest")
+    whole = {"bold": {"task": ["rest"]}}
+    assert filtered(root) == whole
+    for name in ("acq-a_run-1", "acq-a_run-2", "acq-b_run-2"):
+        write_image(root / "sub-01" / "anat" / f"sub-01_{name}_T1w.nii.gz", (4, 4, 4))
+    assert filtered(root) == whole
+    assert filtered(root, "sub-01_acq-b_run-2") == {**whole, "t1w": {"acquisition": [None, "a"]}}
+    with pytest.raises(
+        InputError, match=r"sub-01_acq-a_run-2_T1w\.nii\.gz: exclude in .* names it"
+    ):
+        filtered(root, "sub-01_acq-a_run-2")
+    (root / "sub-01" / "anat" / "sub-01_T1w.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"acq-b_run-2_T1w\.nii\.gz: exclude .* which is needed"):
+        filtered(root, "sub-01_acq-a", "sub-01_acq-b")
+
+
+def test_the_filters_are_those_of_what_is_in_the_folder(tmp_path: Path, state: Path) -> None:
+    one, other = (f"sub-01_task-rest_run-{number}" for number in "12")
+    subject, raw = the_subject(tmp_path / "raw", exclude=[other]), tmp_path / "raw"
+    (tmp_path / "fmriprep.sif").touch()
+    own = {"engine": "apptainer", "fmriprep": {"image": str(tmp_path / "fmriprep.sif")}}
+    folders = raw, subject, tmp_path / "out", tmp_path / "work"
+    assert preprocess_subject(*folders, SPACE, Preprocess.model_validate(own)) == {}
+    made = {path.name.partition("_space")[0] for path in tmp_path.glob("out/sub-01/func/*_bold.*")}
+    assert made == {one}
 
 
 # --- What must be there before ------------------------------------------------------------------
@@ -348,6 +401,22 @@ def test_an_exit_status_is_the_shells(tmp_path: Path) -> None:
     assert ends("import os; os.kill(os.getpid(), 9)") == 137
     with pytest.raises(InputError, match="no-such-program cannot be started"):
         run_program(["no-such-program"], tmp_path / "log", 1, {}, lambda: None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("then", ["time.sleep(99)", "sys.exit(0)"])
+def test_a_log_on_a_full_disk_ends_the_program_and_is_an_error(tmp_path: Path, then: str) -> None:
+    code = (
+        f"import sys, time; sys.stdout.write('x' * 99 + '\\n' * 99999); sys.stdout.flush(); {then}"
+    )
+    stopped: list[bool] = []
+    started = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        run_program(
+            [sys.executable, "-c", code], Path("/dev/full"), 40, {}, lambda: stopped.append(True)
+        )
+    assert time.monotonic() - started < 20
+    assert stopped or then == "sys.exit(0)"
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")

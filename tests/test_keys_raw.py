@@ -157,6 +157,25 @@ def test_other_settings_of_the_engine_make_everything_again_but_the_split(
     assert stale(config_of(settings, "preprocess.fmriprep={freesurfer: true}")) == set()
 
 
+def test_another_template_of_the_same_name_makes_everything_again(
+    settings: dict[str, Any], tmp_path: Path
+):
+    for name in ("t1w", "mask"):
+        (tmp_path / f"{name}.nii.gz").write_bytes(b"old")
+    files = {name: str(tmp_path / f"{name}.nii.gz") for name in ("t1w", "mask")}
+    settings |= {"preprocess": {"ants": {"template": files}}}
+    config = config_of(settings)
+    for job in all_jobs(config):
+        make(config, job)
+    assert stale(config) == set()
+    (tmp_path / "t1w.nii.gz").write_bytes(b"new")
+    assert stale(config) == {"preprocess", *DATA, *TRAININGS}
+    # Where the template is not at hand, what was made with it stays.
+    (tmp_path / "t1w.nii.gz").write_bytes(b"old")
+    (tmp_path / "mask.nii.gz").unlink()
+    assert stale(config) == set()
+
+
 def test_a_subject_that_cannot_be_preprocessed_is_in_the_index_with_the_reason(
     settings: dict[str, Any], tmp_path: Path
 ):

@@ -15,6 +15,7 @@ from scans import affine_8mm, series, write_scan
 
 from neuromamba import nifti
 from neuromamba.files import InputError
+from neuromamba.headers import glimpse
 from neuromamba.nifti import read_blocks, read_header, read_image
 
 SHAPE = (5, 6, 7)
@@ -128,6 +129,18 @@ def test_unusable_headers_are_refused(scan: Path, case: str) -> None:
     set_field(scan, offset, code, *values)
     with pytest.raises(InputError, match=message) as error:
         read_header(scan)
+    assert str(scan) in str(error.value)
+
+
+@pytest.mark.parametrize("case", [case for case in BAD_FIELDS if case not in ("2D", "5D")])
+def test_a_glimpse_refuses_the_same_headers(scan: Path, case: str) -> None:
+    assert glimpse(scan).shape == (*SHAPE, 30)
+    offset, code, values, message = BAD_FIELDS[case]
+    set_field(scan, offset, code, *values)
+    if case == "not a NIfTI":
+        message = "has no readable NIfTI header"
+    with pytest.raises(InputError, match=message) as error:
+        glimpse(scan)
     assert str(scan) in str(error.value)
 
 

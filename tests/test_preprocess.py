@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -18,12 +19,13 @@ import fake_fmriprep
 import pytest
 from fake_fmriprep import SPACE, calls, write_image, write_raw, write_run
 
-from neuromamba import preprocess
+from neuromamba import preprocess_key
 from neuromamba.config import Config, build_config, save_config
 from neuromamba.files import InputError, read_json
 from neuromamba.fmriprep_command import NotReadyError
 from neuromamba.layout import Layout
 from neuromamba.preprocess import run_preprocess
+from neuromamba.preprocess_key import engine_settings, template_digests
 from neuromamba.publish import read_record, verify_subject
 from neuromamba.raw_bids import RawSubject
 from neuromamba.raw_listing import failed_runs, raw_subjects
@@ -299,6 +301,40 @@ def test_a_failed_subject_goes_on_in_its_work_folder(
     assert not work.exists()
 
 
+def test_another_attempt_goes_on_from_the_surfaces(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(tmp_path, fmriprep={"freesurfer": True})
+    log = tmp_path / "derivatives/sourcedata/freesurfer/sub-01/scripts/recon-all.log"
+    for end in ("memory", "workflow", "memory", "well"):
+        monkeypatch.setenv("FAKE_END", end)
+        run(made)
+    assert log.read_text() == "started\n" * 3  # the workflow that was not built had none
+    assert published(tmp_path) == {FIRST, SECOND}
+
+
+def test_the_templates_content_is_part_of_the_key(tmp_path: Path) -> None:
+    template = {name: str(tmp_path / f"{name}.nii.gz") for name in ("t1w", "mask")}
+    for name, path in template.items():
+        Path(path).write_text(name)
+    own = config(tmp_path, "ants", ants={"template": template}).preprocess
+    before = engine_settings(own)
+    assert template_digests(own) == {
+        name: hashlib.sha256(name.encode()).hexdigest() for name in template
+    }
+    moved = {name: str(Path(path).rename(f"{path}.gz")) for name, path in template.items()}
+    elsewhere = config(tmp_path, "ants", ants={"template": moved}).preprocess
+    assert engine_settings(elsewhere) == before
+    Path(moved["mask"]).write_text("another")
+    assert engine_settings(elsewhere) != before
+    Path(moved["mask"]).unlink()
+    with pytest.raises(InputError, match=r"mask.*\(preprocess\.ants\.template\.mask\) cannot be"):
+        engine_settings(elsewhere)
+    assert template_digests(config(tmp_path, "ants").preprocess) == {}
+    fmriprep = config(tmp_path, "apptainer", ants={"template": moved}).preprocess
+    assert template_digests(fmriprep) == {}
+
+
 def test_a_worse_repetition_takes_nothing_away(
     tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,7 +424,7 @@ def test_the_ants_engine_is_called_in_the_same_way(
     module = SimpleNamespace(preprocess_subject=engine)
     monkeypatch.setitem(sys.modules, "neuromamba.ants_engine", module)
     monkeypatch.setattr("neuromamba.ants_engine", module, raising=False)
-    monkeypatch.setattr(preprocess, "code_of", lambda name: {name: "digest"})
+    monkeypatch.setattr(preprocess_key, "code_of", lambda name: {name: "digest"})
     space = "MNI152NLin2009aSym"
     status = run(config(tmp_path, "ants", dataset={"space": space}))
     assert seen == [(tmp_path / "raw", space, "ants", True)]

@@ -218,6 +218,23 @@ def test_a_run_that_is_not_whole_is_nowhere(tmp_path: Path) -> None:
     assert all(name.startswith("sub-01_task-rest_run-10_") for name in names)
 
 
+def test_surfaces_stay_for_another_attempt_while_a_run_is_left_out(
+    tmp_path: Path, file_system: str
+) -> None:
+    out, place = tmp_path / "out", tmp_path / "derivatives"
+    subject = make_output(out, "sub-01", "task-rest", "task-nback")
+    surfaces = "sourcedata/freesurfer/sub-01"
+    before = listing(out / surfaces)
+    assert before
+    publish(out, place, subject, ["sub-01_task-rest"], {})
+    assert listing(out / surfaces) == listing(place / surfaces) == before
+    for run in ("task-rest", "task-nback"):
+        write_run(out, f"sub-01_{run}")
+    publish(out, place, subject, [run.name for run in subject.runs], {})
+    assert listing(place / surfaces) == before
+    assert (out / surfaces).exists() == (file_system == "another")
+
+
 def test_others_are_unharmed(tmp_path: Path) -> None:
     place = tmp_path / "derivatives"
     for name in ("sub-01", "sub-011", "sub-02"):

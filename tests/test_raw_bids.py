@@ -14,12 +14,8 @@ from fake_raw import GOOD, add_raw_run, add_subject, add_t1w, sidecar_of
 
 from neuromamba.config import Dataset
 from neuromamba.files import InputError
-from neuromamba.raw_bids import (
-    RawSubject,
-    find_raw_subjects,
-    fingerprint_subject,
-    read_raw_metadata,
-)
+from neuromamba.raw_bids import RawSubject, find_raw_subjects, fingerprint_subject
+from neuromamba.sidecars import find_sidecars, merge_sidecars
 
 
 def dataset(root: Path, **settings: Any) -> Dataset:
@@ -196,19 +192,20 @@ def test_the_nearest_sidecar_wins_key_by_key(tmp_path: Path):
     write(tmp_path / "task-rest_T1w.json", a="other suffix")
     write(tmp_path / "task-rest_run-2_bold.json", a="other run")
     found = {"a": "task", "b": "subject", "c": "session", "d": "folder", "e": "own"}
-    assert read_raw_metadata(tmp_path, bold) == found
     ((run,),) = [subject.runs for subject in find(tmp_path)]
     assert run.sidecars == (tuple(expected),)
+    assert find_sidecars(tmp_path, bold) == tuple(expected)
+    assert merge_sidecars(expected) == found
 
 
 def test_a_sidecar_of_one_echo_is_not_that_of_another(tmp_path: Path):
-    first, second = (
-        add_raw_run(tmp_path, f"sub-01_task-rest_echo-{n}", sidecar=None) for n in "12"
-    )
+    for n in "12":
+        add_raw_run(tmp_path, f"sub-01_task-rest_echo-{n}", sidecar=None)
     write(tmp_path / "task-rest_bold.json", RepetitionTime=2)
     write(tmp_path / "task-rest_echo-1_bold.json", EchoTime=0.01)
-    assert read_raw_metadata(tmp_path, first) == {"RepetitionTime": 2, "EchoTime": 0.01}
-    assert read_raw_metadata(tmp_path, second) == {"RepetitionTime": 2}
+    ((run,),) = [subject.runs for subject in find(tmp_path)]
+    assert merge_sidecars(run.sidecars[0]) == {"RepetitionTime": 2, "EchoTime": 0.01}
+    assert merge_sidecars(run.sidecars[1]) == {"RepetitionTime": 2}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +223,7 @@ def test_a_broken_sidecar_is_named(tmp_path: Path, content: bytes, message: str)
     broken = tmp_path / "task-rest_bold.json"
     broken.write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
-        read_raw_metadata(tmp_path, bold)
+        merge_sidecars(find_sidecars(tmp_path, bold))
     assert str(broken) in str(error.value)
 
 
@@ -234,7 +231,7 @@ def test_a_sidecar_that_was_not_fetched(tmp_path: Path):
     bold = add_raw_run(tmp_path, "sub-01_task-rest", sidecar=None)
     sidecar_of(bold).symlink_to(tmp_path / "annex" / "object")
     with pytest.raises(InputError, match="datalad get"):
-        read_raw_metadata(tmp_path, bold)
+        merge_sidecars(find_sidecars(tmp_path, bold))
 
 
 # --- Fingerprints -------------------------------------------------------------------------------
@@ -300,6 +297,6 @@ def test_the_real_scan(real_data: Path):
     assert subject.t1w == (root / "sub-02" / "anat" / "sub-02_T1w.nii.gz",)
     (run,) = subject.runs
     assert run.name == "sub-02_task-oneback_run-1"
-    metadata = read_raw_metadata(root, run.bold[0])
+    metadata = merge_sidecars(run.sidecars[0])
     assert metadata["RepetitionTime"] == GOOD["RepetitionTime"]
     assert metadata["TaskName"] == "oneback"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from neuromamba.nifti import read_header
 from neuromamba.resample_series import (
     correct_slice_timing,
     decode_series,
+    map_new,
     open_series,
     resample_volumes,
     shift_in_time,
@@ -89,10 +92,17 @@ def test_shifts_are_scipys_cubic_splines(shift: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"SliceTiming": [0, 1]}, r"2 times and the scan 3 slices along k"),
-        ({"SliceTiming": [0, 500, 1000]}, r"from 0 to 1000, which must lie between 0 and.*2 s"),
-        ({"SliceTiming": [0, float("nan"), 1]}, "SliceTiming goes from"),
-        ({"SliceEncodingDirection": "z"}, "'z' is not i, j or k"),
+        ({"SliceTiming": [0, 1]}, r"bold\.nii\.gz it has 2 times for 3 slices"),
+        ({"SliceTiming": [0, 500, 1000]}, r"from 0 to 1000 s \(milliseconds\?\), TR 2"),
+        ({"SliceTiming": [0, float("nan"), 1]}, "not a list of numbers"),
+        ({"SliceTiming": [0, float("inf"), 1]}, "not a list of numbers"),
+        ({"SliceTiming": [0, 10**400, 1]}, "not a list of numbers"),
+        ({"SliceTiming": ["a", "b", "c"]}, "not a list of numbers"),
+        ({"SliceTiming": [[0, 1], [0.5], 1]}, "not a list of numbers"),
+        ({"SliceTiming": "0 0.5 1"}, "not a list of numbers"),
+        ({"SliceTiming": None}, "not a list of numbers"),
+        ({"SliceTiming": [-0.5, 0, 1]}, "from -0.5 to 1 s"),
+        ({"SliceEncodingDirection": "z"}, "'z' is none of i, j, k"),
     ],
 )
 def test_times_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
@@ -217,6 +227,43 @@ def test_a_series_is_decoded_in_units_and_without_nan(tmp_path: Path) -> None:
     nibabel.save(scaled, tmp_path / "scaled.nii.gz")
     series = decode_series(read_header(tmp_path / "scaled.nii.gz"), tmp_path / "series")
     np.testing.assert_allclose(series, nibabel.load(tmp_path / "scaled.nii.gz").get_fdata().T)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="macOS writes the zeros itself")
+def test_a_full_disk_is_an_error_and_kills_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.ones((*SHAPE, 4), np.int16), AFFINE), tmp_path / "a.nii")
+    header = read_header(tmp_path / "a.nii")
+    asked = []
+
+    def full(file: int, start: int, size: int) -> None:
+        asked.append((start, size))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            decode_series(header, tmp_path / "series")
+    assert asked == [(0, 4 * 4 * 9 * 10 * 11)]
+    decode_series(header, tmp_path / "series")
+    used = (tmp_path / "series").stat()
+    assert used.st_blocks * 512 >= used.st_size  # no holes, which a full disk could not fill
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_a_new_mapping_is_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserves: bool
+) -> None:
+    if not reserves:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+        monkeypatch.setattr("neuromamba.resample_series.ZEROS", 1000)
+    (tmp_path / "series").write_bytes(b"old" * 9999)
+    series = map_new(tmp_path / "series", (3, 7, 61))
+    assert (series.shape, series.dtype) == ((3, 7, 61), np.float32)
+    assert not series.any()
+    assert (tmp_path / "series").stat().st_size == 4 * 3 * 7 * 61
+    series[2, 6, 60] = 1
 
 
 def test_what_is_written_is_read_and_is_the_same_bytes_again(tmp_path: Path) -> None:
