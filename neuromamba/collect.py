@@ -121,8 +121,8 @@ def collect_trainings(config: Config, dataset: str, stage: str) -> Iterator[Trai
     layout = Layout.of(config, dataset)
     for model in config.models:
         for seed in config.seeds:
-            source = Layout.of(config, config.pretrained_on(dataset, model))
-            folder = source.pretrain(model, seed)
+            source, pretrained = config.pretraining_of(dataset, model)
+            folder = Layout.of(config, source).pretrain(pretrained, seed)
             if stage != "pretrain":
                 folder = layout.finetune(model, seed, stage)
             if (folder / "model.json").exists() and (folder / "metrics.jsonl").exists():

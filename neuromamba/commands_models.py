@@ -30,7 +30,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         config = config.study()
     dataset, model, seed = choose_training(options, config, [*config.datasets, *config.mixtures])
     if dataset in config.datasets:
-        dataset = config.pretrained_on(dataset, model)
+        dataset, model = config.pretraining_of(dataset, model)
     stage = "pretrain" if fraction is None else "cell"
     job = Job(stage, dataset, model=model, seed=seed, fraction=fraction or 0.0)
     with recorded(config, job):

@@ -46,7 +46,7 @@ def run_export(config: Config, dataset: str, model: str, seed: int, folder: Path
         was trained on are not those of the config, or when there is something at `folder` already.
     """
     network, info = open_pretrained(config, dataset, model, seed)
-    source = config.pretrained_on(dataset, model)
+    source, model = config.pretraining_of(dataset, model)
     section, members = config.models[model], config.members(source)
     layout = Layout.of(config, source)
     _, runs = list_training(config, source)

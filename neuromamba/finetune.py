@@ -71,8 +71,8 @@ def run_finetune(
     """
     layout = Layout.of(config, dataset)
     folder = layout.finetune(model, seed, target)
-    source = Layout.of(config, config.pretrained_on(dataset, model))
-    pretrain = source.pretrain(model, seed)
+    source, pretrained = config.pretraining_of(dataset, model)
+    pretrain = Layout.of(config, source).pretrain(pretrained, seed)
     settings = config.models[model].finetune
     earlier = load_model_info(pretrain)
     labels = read_labels(config, dataset, target)

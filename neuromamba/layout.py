@@ -12,18 +12,20 @@ from neuromamba.config import Config
 class Layout:
     """Paths of one dataset's results under `results/{dataset}`.
 
-    `arrays` is where the Zarr stores lie; `None` puts them beside their manifests.
+    `arrays` is where the Zarr stores lie; `None` puts them beside their manifests. `fold` is the
+    fold of a cross-validation, of which the split and what is trained on it are.
     """
 
     results: Path
     dataset: str
     arrays: Path | None = None
+    fold: str = ""
 
     @classmethod
     def of(cls, config: Config, dataset: str) -> Layout:
-        """The layout of a dataset (or mixture) by the config's `results` and `arrays`."""
+        """The layout of a dataset (or mixture) by the config's `results`, `arrays` and fold."""
         arrays = None if config.arrays is None else Path(config.arrays)
-        return cls(Path(config.results), dataset, arrays)
+        return cls(Path(config.results), dataset, arrays, config.fold)
 
     @property
     def root(self) -> Path:
@@ -56,7 +58,12 @@ class Layout:
 
     @property
     def split(self) -> Path:
-        return self.root / "splits" / "holdout.tsv"
+        return self.root / "splits" / f"{self.fold or 'holdout'}.tsv"
+
+    @property
+    def folds(self) -> Path:
+        """Which fold each subject is tested in, in each repeat of a cross-validation."""
+        return self.root / "splits" / "folds.tsv"
 
     def manifest(self, stage: str, batch: int) -> Path:
         """The list of the runs that a batch job of `stage` made or left out."""
@@ -92,16 +99,25 @@ class Layout:
         return self.scaling / model / f"fraction-{fraction:g}" / f"seed-{seed}"
 
     def pretrain(self, model: str, seed: int) -> Path:
-        return self.root / model / f"seed-{seed}" / "pretrain"
+        return self.root / model / f"seed-{seed}" / "pretrain" / self.fold
 
     def finetune(self, model: str, seed: int, target: str) -> Path:
-        return self.root / model / f"seed-{seed}" / "finetune" / target
+        return self.root / model / f"seed-{seed}" / "finetune" / target / self.fold
+
+    def baselines(self, target: str) -> Path:
+        return self.root / "baselines" / target / self.fold
 
     def evaluate(self, model: str, seed: int, target: str) -> Path:
-        return self.root / model / f"seed-{seed}" / "evaluate" / target
+        return self.root / model / f"seed-{seed}" / "evaluate" / target / self.fold
 
     def scores(self, model: str, seed: int) -> Path:
         return self.results / "scores" / self.dataset / model / f"seed-{seed}"
 
     def forecast(self, model: str, seed: int) -> Path:
-        return self.root / model / f"seed-{seed}" / "forecast"
+        return self.root / model / f"seed-{seed}" / "forecast" / self.fold
+
+    def identify(self, model: str, seed: int) -> Path:
+        return self.root / model / f"seed-{seed}" / "identify" / self.fold
+
+    def explain(self, model: str, seed: int, target: str) -> Path:
+        return self.root / model / f"seed-{seed}" / "explain" / target / self.fold

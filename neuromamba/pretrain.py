@@ -126,7 +126,9 @@ def make_network(config: Config, model: str, seed: int) -> nn.Module:
 def make_settings(config: Config, model: str, settings: Optimiser, seed: int) -> dict[str, Any]:
     """The part of the config that a training depends on: its own section, the model's, tokens."""
     return {
-        "model": config.models[model].model_dump(mode="json", exclude={"pretrain", "finetune"}),
+        "model": config.models[model].model_dump(
+            mode="json", exclude={"base", "pretrain", "finetune"}
+        ),
         # Weights to start from are an input, and the same wherever they lie; how many checkpoints
         # there are changes nothing.
         type(settings).__name__.lower(): settings.model_dump(

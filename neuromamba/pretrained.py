@@ -101,7 +101,9 @@ def save_pretrained(folder: Path | str, pretrained: Pretrained, card: str) -> No
             "library_name": "neuromamba",
             "library_version": neuromamba.__version__,
             "model_type": pretrained.model.family,
-            "model": pretrained.model.model_dump(mode="json", exclude={"pretrain", "finetune"}),
+            "model": pretrained.model.model_dump(
+                mode="json", exclude={"base", "pretrain", "finetune"}
+            ),
             "tokens": pretrained.tokens.model_dump(mode="json"),
             "volumes": pretrained.volumes.model_dump(mode="json", include=SHARED_GRID),
             "facts": dict(pretrained.facts),
@@ -172,8 +174,8 @@ def open_pretrained(
     InputError
         When its training has not finished, or was under another model or tokens section.
     """
-    source = Layout.of(config, config.pretrained_on(dataset, model))
-    folder = source.pretrain(model, seed)
+    source, model = config.pretraining_of(dataset, model)
+    folder = Layout.of(config, source).pretrain(model, seed)
     info = load_model_info(folder)
     settings = make_settings(config, model, config.models[model].pretrain, seed)
     refuse_other_settings(folder, info, settings)

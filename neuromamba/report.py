@@ -219,7 +219,9 @@ def _describe_models(config: Config, trainings: Sequence[Training]) -> list[dict
             "name": name,
             "settings": model,
             "parameters": found.get(name),
-            "keys": model.model_dump(mode="json", exclude={"pretrain", "finetune", "family"}),
+            "keys": model.model_dump(
+                mode="json", exclude={"base", "pretrain", "finetune", "family"}
+            ),
         }
         for name, model in config.models.items()
     ]

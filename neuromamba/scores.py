@@ -25,8 +25,8 @@ def run_scores(config: Config, dataset: str, model: str, seed: int) -> None:
     have the columns `step`, `train`, `validation`.
     """
     layout = Layout.of(config, dataset)
-    source = Layout.of(config, config.pretrained_on(dataset, model))
-    trainings = {"pretrain": source.pretrain(model, seed)}
+    source, pretrained = config.pretraining_of(dataset, model)
+    trainings = {"pretrain": Layout.of(config, source).pretrain(pretrained, seed)}
     runs, excluded = read_table(layout.index), read_table(layout.excluded)
     counts = {"runs": len(runs), "runs_left_out": excluded["run"].nunique()}
     metrics: dict[str, Any] = {"data": counts}

@@ -45,13 +45,14 @@ class Job:
     dataset: str = ""
     subject: str = ""
     batch: int | None = None
+    fold: str = ""
     model: str = ""
     seed: int = 0
     target: str = ""
     fraction: float = 0.0
 
     def __str__(self) -> str:
-        parts = [self.dataset, self.subject, self.model, self.target]
+        parts = [self.dataset, self.subject, self.model, self.target, self.fold]
         if self.batch is not None:
             parts.append(f"batch {self.batch}")
         if self.model:
@@ -136,8 +137,8 @@ def _checked(config: Config, datasets: list[str]) -> list[Job]:
 
 
 def _pretrain(config: Config, job: Job) -> Job:
-    where = config.pretrained_on(job.dataset, job.model)
-    return Job("pretrain", where, model=job.model, seed=job.seed)
+    where, model = config.pretraining_of(job.dataset, job.model)
+    return Job("pretrain", where, model=model, seed=job.seed, fold=job.fold)
 
 
 def _cells(config: Config, dataset: str) -> list[Job]:
@@ -267,7 +268,7 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
     match job.stage:
         case "pretrain" | "cell":
             # Weights to start from are an input; how many checkpoints there are changes nothing.
-            dumped = model.model_dump(mode="json", exclude={"finetune"})
+            dumped = model.model_dump(mode="json", exclude={"base", "finetune"})
             for key in ("init_from", "keep_checkpoints"):
                 dumped["pretrain"].pop(key)
             own: dict[str, Any] = {"model": dumped, "members": config.members(job.dataset)}

@@ -53,8 +53,27 @@ def test_published_sizes(base: Path, size: str):
 
 
 def test_no_shipped_model_is_forgotten(root: Path):
-    shipped = [f"neuromamba-{size}" for size in ["tiny", *SIZES]]
+    shipped = [f"neuromamba-{size}" for size in ["tiny", "tiny-probe", "tiny-adapters", *SIZES]]
     assert sorted(shipped) == sorted(p.stem for p in (root / "config/models").glob("*.yaml"))
+
+
+def test_a_model_with_a_base_shares_all_but_its_fine_tuning(base: Path, tmp_path: Path):
+    (tmp_path / "two.yaml").write_text("models: [neuromamba-tiny, neuromamba-tiny-probe]")
+    files = [base, tmp_path / "two.yaml"]
+    config = load_config(files, ["pretrain.steps=7"])
+    tiny, probe = config.models.values()
+    assert probe.finetune.mode == "probe"
+    assert tiny.finetune.mode == "head"
+    assert probe.model_dump(exclude={"base", "finetune"}) == tiny.model_dump(
+        exclude={"base", "finetune"}
+    )
+    changed = load_config(files, ["models.neuromamba-tiny.width=64"])
+    assert changed.models["neuromamba-tiny-probe"].width == 64
+    assert config.pretraining_of("d", "neuromamba-tiny-probe") == ("d", "neuromamba-tiny")
+    with pytest.raises(InputError, match="must be one of `models`"):
+        load_config([base], ["models=[neuromamba-tiny-probe]"])
+    with pytest.raises(InputError, match="in `finetune` alone"):
+        load_config(files, ["models.neuromamba-tiny-probe.width=64"])
 
 
 MIXTURE = ["datasets=[hcp,abcd]", "mixtures={both: {hcp: 3, abcd: 1}}"]
@@ -64,9 +83,9 @@ def test_a_mixture_of_datasets(base: Path):
     config = load_config([base], [*MIXTURE, "pretrain={mixture: both}"])
     assert config.members("both") == {"hcp": 0.75, "abcd": 0.25}
     assert config.members("hcp") == {"hcp": 1.0}
-    assert config.pretrained_on("hcp", "neuromamba-small") == "both"
+    assert config.pretraining_of("hcp", "neuromamba-small") == ("both", "neuromamba-small")
     alone = load_config([base], MIXTURE)
-    assert alone.pretrained_on("hcp", "neuromamba-small") == "hcp"
+    assert alone.pretraining_of("hcp", "neuromamba-small") == ("hcp", "neuromamba-small")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +186,7 @@ def test_derivatives_of_raw_scans_go_to_the_results_unless_told_otherwise(base: 
         ("models.neuromamba-small.width=36", "must be a multiple of 8"),
         ("models.neuromamba-small.volumes=21", "must be a multiple of tokens.time_patch"),
         ("results", "must have the form key.key=value"),
-        ("finetune.mode=ful", "'full' or 'head'"),
+        ("finetune.mode=ful", "'full', 'adapters', 'head' or 'probe'"),
     ],
 )
 def test_a_wrong_value_is_explained(base: Path, setting: str, words: str):

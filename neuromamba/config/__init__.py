@@ -23,16 +23,14 @@ from neuromamba.config.schema import (
     Compute,
     Config,
     Evaluate,
-    Finetune,
-    Forecast,
     Model,
     NeuroMamba,
-    Optimiser,
-    Pretrain,
     Scaling,
 )
+from neuromamba.config.training import Adapters, Finetune, Forecast, Optimiser, Pretrain
 
 __all__ = [
+    "Adapters",
     "Ants",
     "Classification",
     "Compute",

@@ -268,14 +268,30 @@ class Qc(Section):
 
 
 class Splits(Section):
-    """The share of subjects held out for testing and for model selection."""
+    """How the subjects are split: what is held out for testing, and for model selection.
 
+    With `k-fold` every subject is tested once in each repeat, with `leave-site-out` whole sites
+    are; `test` is the share of a `holdout` only.
+    """
+
+    protocol: Literal["holdout", "k-fold", "leave-site-out"] = "holdout"
+    folds: Annotated[int, Field(ge=2)] = 5
+    repeats: PositiveInt = 1
     test: Annotated[float, Field(gt=0, lt=1)] = 0.2
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     seed: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The folds; a holdout is a single one without a name."""
+        if self.protocol == "holdout":
+            return [""]
+        return [f"fold-{number}" for number in range(self.folds * self.repeats)]
 
     @model_validator(mode="after")
     def _leave_some_for_training(self) -> Splits:
         if self.test + self.validation >= 1:
             raise ValueError("test + validation must leave subjects to train on (sum below 1)")
+        if self.protocol == "leave-site-out" and self.repeats > 1:
+            raise ValueError("leave-site-out has no repeats: each site is left out once")
         return self

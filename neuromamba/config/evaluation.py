@@ -11,6 +11,7 @@ from neuromamba.config.data import Section
 Baseline = Literal[
     "fc",
     "fc-regress",
+    "fc-combat",
     "fc-partial",
     "fc-tangent",
     "fc-svm",

@@ -91,7 +91,8 @@ def build_config(
             continue
         found = _resolve_names(value, place, Path(folder), source, files)
         if place[-1] == "models":
-            for name, model in found.items():
+            # What the command line says of a base holds for the models that take it over.
+            for name, model in _with_bases(merge(found, _of_models(change))).items():
                 if isinstance(model, Mapping):
                     found[name] = merge(merge(shared, model), for_models)
         holder[place[-1]] = found
@@ -100,6 +101,20 @@ def build_config(
         return Config.model_validate(whole)
     except ValidationError as error:
         raise InputError(_explain(error, source, files)) from None
+
+
+def _of_models(change: Mapping[str, Any]) -> Mapping[str, Any]:
+    models = change.get("models")
+    return models if isinstance(models, Mapping) else {}
+
+
+def _with_bases(models: Mapping[str, Any]) -> dict[str, Any]:
+    """The models, those with a `base` on top of what that one's file says."""
+    whole = {}
+    for name, model in models.items():
+        base = models.get(model["base"]) if isinstance(model, Mapping) and "base" in model else None
+        whole[name] = merge(base, model) if isinstance(base, Mapping) else model
+    return whole
 
 
 def save_config(path: Path | str, config: Config) -> None:

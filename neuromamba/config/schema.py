@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
 from neuromamba.config.data import (
     Dataset,
@@ -25,59 +25,12 @@ from neuromamba.config.data import (
     Volumes,
 )
 from neuromamba.config.evaluation import Evaluate as Evaluate
+from neuromamba.config.training import Finetune as Finetune
+from neuromamba.config.training import Forecast as Forecast
+from neuromamba.config.training import Pretrain as Pretrain
 from neuromamba.files import InputError
 
-# --- Training and evaluation --------------------------------------------------------------------
-
-
-class Optimiser(Section):
-    """AdamW with linear warm-up and cosine decay, shared by pretraining and fine-tuning."""
-
-    steps: PositiveInt
-    batch_size: PositiveInt = 4
-    accumulate: PositiveInt = 1
-    learning_rate: PositiveFloat = 1e-3
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    clip_norm: PositiveFloat = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    log_every: PositiveInt = 10
-    validate_every: PositiveInt = 100
-    validation_windows: PositiveInt = 1
-    checkpoint_every: PositiveInt = 100
-    keep_checkpoints: PositiveInt = 2
-    keep_every: PositiveInt | None = None
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    spike: Annotated[float, Field(gt=1)] = 10.0
-    max_bad_steps: PositiveInt = 10
-    max_rollbacks: Annotated[int, Field(ge=0)] = 3
-
-
-class Pretrain(Optimiser):
-    """Self-supervised training on the subjects of the training part."""
-
-    steps: PositiveInt = 10000
-    init_from: str | None = None
-    mixture: Name | None = None
-
-
-class Finetune(Optimiser):
-    """Supervised training of a head, with or without the model below it."""
-
-    steps: PositiveInt = 1000
-    mode: Literal["full", "head"] = "full"
-    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    evaluation_windows: PositiveInt = 8
-
-
-class Forecast(Section):
-    """Forecasts of the test subjects' runs by the pretrained model, fed with its own forecasts."""
-
-    windows: PositiveInt = 4
-    context: PositiveInt | None = None
-    max_subjects: PositiveInt | None = 50
+# --- Computing ----------------------------------------------------------------------------------
 
 
 class Compute(Section):
@@ -120,6 +73,7 @@ class NeuroMamba(Section):
     parametrization: Literal["mup", "standard"] = "mup"
     base_width: PositiveInt = 128
     checkpoint_blocks: bool = False
+    base: Name | None = None
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
 
@@ -187,6 +141,18 @@ class Config(Section):
     forecast: Forecast = Forecast()
     compute: Compute = Compute()
     scaling: Scaling = Scaling()
+    _fold: str = PrivateAttr("")
+
+    @property
+    def fold(self) -> str:
+        """The fold of the cross-validation that this is the config for; empty for none."""
+        return self._fold
+
+    def in_fold(self, name: str) -> Config:
+        """This config for one fold: its split, and the folders of what is trained on that."""
+        config = self.model_copy()
+        config._fold = name
+        return config
 
     @model_validator(mode="before")
     @classmethod
@@ -224,9 +190,9 @@ class Config(Section):
                 )
         return self.model_copy(update={"models": models, "seeds": self.scaling.seeds})
 
-    def pretrained_on(self, dataset: str, model: str) -> str:
-        """The dataset or mixture whose pretraining the models of `dataset` start from."""
-        return self.models[model].pretrain.mixture or dataset
+    def pretraining_of(self, dataset: str, model: str) -> tuple[str, str]:
+        """The pretraining that a model of a dataset starts from: dataset or mixture, and model."""
+        return self.models[model].pretrain.mixture or dataset, self.models[model].base or model
 
     def members(self, name: str) -> dict[str, float]:
         """The datasets of a mixture and their shares, which sum to 1; a dataset is its own."""
@@ -279,6 +245,35 @@ class Config(Section):
                     f"{place}.pretrain.mixture is {mixture!r}, which is not among `mixtures` "
                     f"({', '.join(self.mixtures) or 'none is defined'})"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _bases_pretrain(self) -> Config:
+        for name, model in self.models.items():
+            if model.base is None:
+                continue
+            base = self.models.get(model.base)
+            if base is None or base.base is not None:
+                raise ValueError(
+                    f"models.{name}.base is {model.base!r}, which must be one of `models` "
+                    f"({', '.join(self.models)}), with a pretraining of its own"
+                )
+            apart = {"base", "finetune"}
+            if base.model_dump(exclude=apart) != model.model_dump(exclude=apart):
+                raise ValueError(
+                    f"models.{name} has {model.base} as its base and may differ from it in "
+                    "`finetune` alone"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _mixtures_have_folds_in_common(self) -> Config:
+        mixed = [name for name, model in self.models.items() if model.pretrain.mixture]
+        if self.splits.protocol != "holdout" and mixed and len(self.datasets) > 1:
+            raise ValueError(
+                f"splits.protocol {self.splits.protocol} and a mixture (models.{mixed[0]}) do not "
+                "go together: a fold of one dataset says nothing about another; use a holdout"
+            )
         return self
 
     @model_validator(mode="after")

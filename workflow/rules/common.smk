@@ -205,7 +205,7 @@ def all_studies(wildcards):
     """The fit of every dataset, or of the mixture that the study's models are trained on."""
     study = CONFIG.study()
     where = {
-        study.pretrained_on(dataset, model): None
+        study.pretraining_of(dataset, model)[0]: None
         for dataset in study.datasets
         for model in study.models
     }
