@@ -112,7 +112,12 @@ def _with_bases(models: Mapping[str, Any]) -> dict[str, Any]:
     """The models, those with a `base` on top of what that one's file says."""
     whole = {}
     for name, model in models.items():
-        base = models.get(model["base"]) if isinstance(model, Mapping) and "base" in model else None
+        of = model.get("base") if isinstance(model, Mapping) else None
+        if of is not None and of not in models:
+            raise InputError(
+                f"models.{name}.base is {of!r}, which must be one of `models` ({', '.join(models)})"
+            )
+        base = models.get(of)
         whole[name] = merge(base, model) if isinstance(base, Mapping) else model
     return whole
 
