@@ -8,6 +8,8 @@ like fMRIPrep derivatives, one run a subject, which `benchmarks/painted_abide.ya
     python benchmarks/paint_abide.py DATA data/painted-abide
     snakemake --cores 2 all --configfile benchmarks/painted_abide.yaml
 
+With `--everybody` into data/painted-abide-all, for benchmarks/painted_abide_folds.yaml.
+
 The time courses are real; space is not: every voxel of a region carries the same series, so a model
 of voxels sees no more than a model of regions. ABIDE is CC BY-NC-SA: cite Di Martino 2014 and
 Craddock 2013, and do not distribute what this script writes without its licence.
@@ -72,6 +74,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--subjects", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    text = "paint all subjects with signal in every region, matched for nothing"
+    parser.add_argument("--everybody", action="store_true", help=text)
     options = parser.parse_args()
 
     arrays = np.load(options.data / "abide_cc400" / "timeseries.npz", allow_pickle=False)
@@ -81,7 +85,10 @@ def main() -> None:
     labels = arrays["roi_label"]
     atlas[~np.isin(atlas, labels)] = 0
     table = read_table(options.data / "abide_cc400" / "participants.tsv")
-    subjects = choose_subjects(table, options.subjects, options.seed)
+    if options.everybody:
+        subjects = table[table["n_zero_rois"] == 0].sort_values("participant_id")
+    else:
+        subjects = choose_subjects(table, options.subjects, options.seed)
 
     for subject in tqdm(list(subjects.itertuples()), desc="paint", unit="subject"):
         row = rows[subject.file_id]

@@ -7,8 +7,9 @@ line from the baseline to the input. Attributions of a window sum to what the ou
 
 Design choices
 --------------
-- The baseline of tokens is each voxel's own mean over the run: a brain whose signal does not vary.
-  With `normalization: voxel` that is 0. Other inputs have the baseline 0.
+- The baseline is a brain whose signal does not vary. Of tokens it is each voxel's own mean over the
+  run (0 with `normalization: voxel`); of volumes and of regions' series, which come without it, the
+  mean over the window. Other inputs have the baseline 0.
 - The average is a Gauss-Legendre sum: exact for a model that is linear in its input with one step,
   and for a polynomial of degree 2 * steps - 1 along the line.
 - The windows of a batch do not mix, so the gradient of the sum of their outputs holds that of each.
@@ -42,11 +43,14 @@ class Attributed:
         (window,) float64 output minus that of the baseline.
     total
         (window,) float64 sum of a window's attributions; `change`, but for the error of the sum.
+    seen
+        For each input, by its name: where it differs from its baseline, bool of its shape.
     """
 
     values: dict[str, Tensor]
     change: Tensor
     total: Tensor
+    seen: dict[str, Tensor]
 
 
 def attribute(network: HeadedModel, batch: Batch, positive: int, steps: int) -> Attributed:
@@ -82,7 +86,8 @@ def attribute(network: HeadedModel, batch: Batch, positive: int, steps: int) -> 
             f"{', '.join(dict.fromkeys(batch['run']))}: what the model says of it, or the gradient "
             "of that, is not finite; leave the run out"
         )
-    return Attributed(values, change, total)
+    seen = {name: ~torch.isclose(batch[name], base) for name, base in baselines.items()}
+    return Attributed(values, change, total, seen)
 
 
 def explained_output(network: HeadedModel, batch: Batch, positive: int) -> Tensor:
@@ -100,13 +105,20 @@ def explained_output(network: HeadedModel, batch: Batch, positive: int) -> Tenso
 
 
 def baselines_of(network: HeadedModel, batch: Batch) -> dict[str, Tensor]:
-    """The baseline of each input with a gradient: each voxel's mean for `tokens`, otherwise 0."""
+    """The baseline of each input that can have a gradient, of its shape."""
     baselines = {}
     for name in network.needs:
         value = batch[name]
-        if value.is_floating_point():
-            mean = batch["mean"][:, None] if name == "tokens" else torch.zeros_like(value)
-            baselines[name] = mean.expand_as(value)
+        if not value.is_floating_point():
+            continue
+        match name:
+            case "tokens":
+                base = batch["mean"][:, None]
+            case "volumes" | "rois":
+                base = value.mean(1, keepdim=True)
+            case _:
+                base = torch.zeros_like(value)
+        baselines[name] = base.expand_as(value)
     return baselines
 
 

@@ -49,6 +49,11 @@ CLEAR = 0.8
 DEMO_VOXEL = 4.0
 """mm, of the grid that the synthetic networks are looked up on; they lie the same on every grid."""
 TRUTH = "truth.json"
+REPEATS = {
+    "seed": "a training with another seed",
+    "refit": "a head that was fitted anew to the same labels",
+}
+"""Other networks that ought to have the same map."""
 
 
 def shuffled(network: Network, part: nn.Module | None, seed: int) -> Network:
@@ -89,7 +94,8 @@ def compare_maps(
 ) -> dict[str, Any]:
     """Similarity of each kind of map with that of another network, and what it means.
 
-    `against`: what the other network is: `weights` or `labels` (shuffled), or `seed`.
+    `against`: what the other network differs in: its `weights` or `labels`, which are in random
+    order, or one of `REPEATS`.
     """
     found: dict[str, Any] = {}
     for kind in own:
@@ -103,9 +109,9 @@ def compare_maps(
 def _meaning(rho: float | None, against: str) -> str:
     if rho is None:
         return "cannot be compared: one of the two maps is the same everywhere"
-    if against == "seed":
+    if against in REPEATS:
         level = "well" if rho >= HIGH else "in part" if rho > LOW else "hardly"
-        return f"is {level} repeated by a training with another seed (rho {rho:.2f})"
+        return f"is {level} repeated by {REPEATS[against]} (rho {rho:.2f})"
     what = "on what the model has learnt" if against == "weights" else "on the labels it learnt by"
     if abs(rho) >= HIGH:
         return f"hardly depends {what} (rho {rho:.2f}): do not interpret it"

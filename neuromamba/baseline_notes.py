@@ -8,6 +8,7 @@ from typing import Any
 BASELINES = {
     "fc": "FC baseline",
     "fc-regress": "FC without confounds",
+    "fc-combat": "FC, sites harmonised",
     "fc-partial": "FC, partial correlation",
     "fc-tangent": "FC, tangent space",
     "fc-svm": "FC, support vector machine",
@@ -72,4 +73,13 @@ def _describe_features(facts: dict[str, Any]) -> str:
     )
     if regressed := facts["confounds_regressed"]:
         text += f", with {join([CONFOUNDS[column] for column in regressed])} regressed out of them"
+    if harmonised := facts.get("harmonised"):
+        text += f", the effects of {harmonised['sites']} sites taken out of them by ComBat"
+        parts = {"training": harmonised["train_left"], "test": harmonised["test_left"]}
+        left = [f"{n} {part}" for part, n in parts.items() if n]
+        if left:
+            text += (
+                f" (not of {join(left)} subjects, whose sites have too few training subjects or "
+                "none)"
+            )
     return text

@@ -2,7 +2,8 @@
 
 - `fc`: functional connectivity (the first kind of `rois.connectivity`) with logistic or ridge
   regression. `fc-svm`, `fc-kernel-ridge`: the same features with other linear models.
-- `fc-regress`: as `fc`, with the confounds regressed out of the features.
+- `fc-regress`: as `fc`, with the confounds regressed out of the features. `fc-combat`: with the
+  effects of sites taken out of them by ComBat (`neuromamba.combat`), fitted on whom it learns from.
 - `fc-partial`, `fc-tangent`: logistic or ridge regression on partial correlations and on tangent
   space.
 - `roi-mean`: on the mean and SD of each ROI's series, that is, without any connectivity.
@@ -17,13 +18,14 @@ choose a penalty, and neither sees a test subject.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from neuromamba.combat import fit_combat
 from neuromamba.config import Evaluate
 from neuromamba.confound_model import design
 from neuromamba.files import InputError
@@ -38,6 +40,7 @@ NO_FEATURES = ("majority", "mean")
 BASELINES = (
     "fc",
     "fc-regress",
+    "fc-combat",
     "fc-partial",
     "fc-tangent",
     "fc-svm",
@@ -100,7 +103,7 @@ def predict_baselines(
     ------
     InputError
         When the ROI stores cannot be read or have too little in common, or when there are no
-        confounds to learn from.
+        confounds to learn from, or no sites to harmonise.
     """
     train, test = list(subjects.train.index), list(subjects.test.index)
     matrix, matrix_test, used = design(confounds, train, test)
@@ -119,11 +122,14 @@ def predict_baselines(
             features = _load(kind, stores, train, test)
         method = METHODS.get(name, "linear")
         regressed = (matrix, matrix_test) if name == "fc-regress" else None
+        seen, facts = features, _describe(features)
+        if name == "fc-combat":
+            seen, facts["harmonised"] = _harmonise(features, confounds, train, test)
         predicted[name], how = _predict(
-            subjects, features.train, features.test, settings, seed, method, regressed
+            subjects, seen.train, seen.test, settings, seed, method, regressed
         )
         out = used if regressed else []
-        notes[name] = {**how, **_describe(features), "confounds_regressed": out}
+        notes[name] = {**how, **facts, "confounds_regressed": out}
     return {n: predicted[n] for n in settings.baselines}, {n: notes[n] for n in settings.baselines}
 
 
@@ -146,8 +152,26 @@ def _describe(features: Connectivity) -> dict[str, Any]:
     }
 
 
+def _harmonise(
+    features: Connectivity, confounds: pd.DataFrame, train: Sequence[str], test: Sequence[str]
+) -> tuple[Connectivity, dict[str, int]]:
+    """The features without the effects of sites; how many sites, and whom they stayed with."""
+    site = confounds["site"] if "site" in confounds else pd.Series(dtype=object)
+    sites, sites_test = (site.reindex(list(people)).tolist() for people in (train, test))
+    combat = fit_combat(features.train, sites)
+    facts = {
+        "sites": len(combat.sites),
+        "train_left": int((~combat.knows(sites)).sum()),
+        "test_left": int((~combat.knows(sites_test)).sum()),
+    }
+    harmonised = combat.harmonise(features.train, sites)
+    return replace(
+        features, train=harmonised, test=combat.harmonise(features.test, sites_test)
+    ), facts
+
+
 def _features_of(name: str) -> str:
-    return "fc" if name in (*METHODS, "fc-regress") else name
+    return "fc" if name in (*METHODS, "fc-regress", "fc-combat") else name
 
 
 def _load(kind: str, stores: Stores, train: Sequence[str], test: Sequence[str]) -> Connectivity:

@@ -230,17 +230,11 @@ class Windows:
         return Window(subject, run, int(rng.integers(self._positions[run])))
 
     def spaced(self, count: int, subjects: Sequence[str] | None = None) -> list[Window]:
-        """`count` evenly spaced windows of each run, fewer where a run has fewer starts.
-
-        The first and the last volume that a window can reach are used; a single window stands in
-        the middle.
-        """
+        """`count` windows of each run as `spaced` places them, fewer where it has fewer starts."""
         windows = []
         for subject in self.subjects if subjects is None else subjects:
             for run in self.runs[subject]:
-                last = self._positions[run] - 1
-                places = np.linspace(0, last, count) if count > 1 else np.array([last / 2])
-                starts = np.unique(np.floor(places + 0.5).astype(int))
+                starts = spaced(self._positions[run] - 1, count)
                 windows += [Window(subject, run, int(start)) for start in starts]
         return windows
 
@@ -276,6 +270,12 @@ class Windows:
 
     def _draw_order(self, seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
         return np.random.default_rng([seed, _ORDER, epoch]).permutation(count)
+
+
+def spaced(last: int, count: int) -> npt.NDArray[np.intp]:
+    """At most `count` evenly spaced numbers from 0 to `last`; a single one is in the middle."""
+    places = np.linspace(0, last, count) if count > 1 else np.array([last / 2])
+    return np.unique(np.floor(places + 0.5).astype(np.intp))
 
 
 def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:

@@ -29,6 +29,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from neuromamba.batches import spaced
 from neuromamba.embed import WINDOWS
 from neuromamba.files import InputError
 from neuromamba.moments import Floats, Moments
@@ -235,12 +236,6 @@ def known_part(resampler: Resampler, known: Mask) -> scipy.sparse.csr_array:
         ),
         shape=(whole.shape[0], int(known.sum())),
     )
-
-
-def spaced(last: int, count: int) -> npt.NDArray[np.intp]:
-    """At most `count` evenly spaced starts of 0 ... `last`, as `batches.Windows.spaced`."""
-    places = np.linspace(0, last, count) if count > 1 else np.array([last / 2])
-    return np.unique(np.floor(places + 0.5).astype(np.intp))
 
 
 def _numbers(patches: PatchIndex) -> npt.NDArray[np.intp]:

@@ -57,21 +57,29 @@ def _parser() -> argparse.ArgumentParser:
     _add(stages, "excluded", "list the runs that were left out, and why", ["dataset"])
     _add(stages, "splits", "assign subjects to training, validation, test", ["dataset"])
     trained = ["dataset", "model", "seed"]
-    options = [*trained, "on-change", "fraction"]
+    options = [*trained, "fold", "on-change", "fraction"]
     _add(stages, "pretrain", "train a model without labels", options)
     text = "table, figure and power law of the scaling study"
     _add(stages, "scaling", text, ["dataset"])
-    supervised = [*trained, "target"]
+    supervised = [*trained, "target", "fold"]
+    text = "predict the test subjects by the baselines"
+    _add(stages, "baselines", text, ["dataset", "target", "fold"])
     _add(stages, "finetune", "train for one target", [*supervised, "on-change"])
-    _add(stages, "evaluate", "predict the test subjects and score it", supervised)
+    evaluate = _add(stages, "evaluate", "predict the test subjects and score it", supervised)
+    text = "of a cross-validation, put the folds together that have been evaluated"
+    evaluate.add_argument("--pool", action="store_true", help=text)
     _add(stages, "scores", "write the figures of a model as JSON and TSV", trained)
-    _add(stages, "forecast", "forecast the test subjects' runs and score it", trained)
-    _add_embed(_add(stages, "embed", "write embeddings of runs", trained))
-    export = _add(stages, "export", "write a pretrained model to be shared", trained)
+    used = [*trained, "fold"]
+    _add(stages, "forecast", "forecast the test subjects' runs and score it", used)
+    text = "tell the test subjects apart, by two runs or the halves of one, and score it"
+    _add(stages, "identify", text, used)
+    _add_embed(_add(stages, "embed", "write embeddings of runs", used))
+    export = _add(stages, "export", "write a pretrained model to be shared", used)
     export.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
     text = "map where in the brain what a fine-tuned model says comes from, with checks of the map"
-    _add_explain(_add(stages, "explain", text, trained))
+    _add_explain(_add(stages, "explain", text, used))
     _add_predict(stages)
+    _add_compare(stages)
     _add(stages, "report", "write the report over all results", [])
     _add(stages, "summary", "print the main figures of all results", [])
     text = "check a dataset's arrays against the digests in its manifests"
@@ -117,6 +125,7 @@ def _add(
         "seed": {"type": int, "help": "seed of the training (default: the first of `seeds`)"},
         "subject": {"help": "a subject, such as sub-01 (default: all in turn)"},
         "batch": {"type": int, "help": "which of `compute.batches` jobs (default: all in turn)"},
+        "fold": {"help": "of a cross-validation, such as fold-0 (default: all in turn)"},
         "fraction": {
             "type": float,
             "help": "make it a cell of the scaling study, on this share of the training subjects; "
@@ -150,14 +159,15 @@ def _add_embed(stage: argparse.ArgumentParser) -> None:
 def _add_explain(stage: argparse.ArgumentParser) -> None:
     text = "a name under the dataset's `targets` (default: the only one)"
     stage.add_argument("--target", help=text)
-    stage.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
-    text = "these alone (default: the test subjects)"
+    text = "a folder that is not there yet (default: the model's own, as `snakemake explain`)"
+    stage.add_argument("--output", type=Path, metavar="FOLDER", help=text)
+    text = "these alone (default: test subjects, as many as explain.subjects)"
     stage.add_argument("--subjects", nargs="+", metavar="SUBJECT", help=text)
     text = "which is explained against the others (default: the last of the target's `classes`)"
     stage.add_argument("--class", dest="of_class", metavar="CLASS", help=text)
-    text = "gradients taken for each window (default: 32)"
-    stage.add_argument("--steps", type=int, default=32, metavar="N", help=text)
-    stage.add_argument("--windows", type=int, default=2, help="windows a run (default: 2)")
+    text = "gradients taken for each window (default: explain.steps)"
+    stage.add_argument("--steps", type=int, metavar="N", help=text)
+    stage.add_argument("--windows", type=int, help="windows a run (default: explain.windows)")
     text = "finetune/TARGET of the same model trained on permuted labels, to compare its map"
     stage.add_argument("--permuted", type=Path, metavar="FOLDER", help=text)
     text = "write the map of each subject too"
@@ -214,6 +224,24 @@ def _add_predict(stages: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     text = "predict also where the repetition time is far from those of the training"
     stage.add_argument("--any-repetition-time", action="store_true", help=text)
     stage.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    text = "write a NIfTI map of where each prediction comes from"
+    stage.add_argument("--explain", type=Path, metavar="FOLDER", help=text)
+
+
+def _add_compare(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "rank the models of several runs on the same test subjects, with paired comparisons"
+    stage = stages.add_parser("compare", help=text, description=text.capitalize() + ".")
+    text = "results folder of a run, or a folder of a dataset, model or evaluation in it"
+    stage.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=text)
+    stage.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a folder")
+    text = "resamples of the subjects (default: 2000)"
+    stage.add_argument("--bootstrap", type=int, default=2000, metavar="N", help=text)
+    text = "coverage of the intervals (default: 0.95)"
+    stage.add_argument("--confidence", type=float, default=0.95, metavar="SHARE", help=text)
+    text = "shuffles for p (default: 5000)"
+    stage.add_argument("--permutations", type=int, default=5000, metavar="N", help=text)
+    text = "of resamples and shuffles (default: 0)"
+    stage.add_argument("--seed", type=int, default=0, help=text)
 
 
 def _add_demo_data(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Data:
     excluded
         `excluded.tsv`.
     split
-        Subjects of each part; empty when there is no split.
+        Subjects of each part, of a cross-validation in its first fold; empty without a split.
     labels
         Site and targets by subject.
     preprocessed_by
@@ -63,7 +64,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Training:
-    """A finished training: `stage` is `pretrain` or the name of a target."""
+    """A finished training: `stage` is `pretrain` or the name of a target; of a `fold`, or none."""
 
     dataset: str
     model: str
@@ -71,6 +72,7 @@ class Training:
     stage: str
     info: dict[str, Any]
     metrics: pd.DataFrame
+    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def collect_data(config: Config, dataset: str) -> Data:
     """Read the tables of one dataset."""
     layout = Layout.of(config, dataset)
     index = _table(layout.index, ["run", "subject", "reason"])
+    split = Layout.of(config.in_fold(config.splits.names[0]), dataset).split
     batches = range(config.compute.batches)
     runs = index.loc[index["reason"].isna(), ["run", "subject"]]
     for stage in ("volumes", "tokens", "rois"):
@@ -105,7 +108,7 @@ def collect_data(config: Config, dataset: str) -> Data:
         index=index,
         runs=runs.reset_index(drop=True),
         excluded=_table(layout.excluded, ["run", "stage", "reason"]),
-        split=read_split(layout.split) if layout.split.exists() else {part: [] for part in PARTS},
+        split=read_split(split) if split.exists() else {part: [] for part in PARTS},
         labels=_labels(config, dataset),
         preprocessed_by=_preprocessed_by(layout),
     )
@@ -117,18 +120,22 @@ def _preprocessed_by(layout: Layout) -> dict[str, int]:
 
 
 def collect_trainings(config: Config, dataset: str, stage: str) -> Iterator[Training]:
-    """The finished trainings of one stage, for every model and seed of the config."""
-    layout = Layout.of(config, dataset)
-    for model in config.models:
-        for seed in config.seeds:
-            source, pretrained = config.pretraining_of(dataset, model)
-            folder = Layout.of(config, source).pretrain(pretrained, seed)
-            if stage != "pretrain":
-                folder = layout.finetune(model, seed, stage)
-            if (folder / "model.json").exists() and (folder / "metrics.jsonl").exists():
-                info = read_json(folder / "model.json")
-                metrics = pd.read_json(folder / "metrics.jsonl", lines=True)
-                yield Training(dataset, model, seed, stage, info, metrics)
+    """The finished trainings of one stage, for every model, seed and fold of the config.
+
+    A pretraining that models share is that of the model which it is named after.
+    """
+    for model, seed, fold in product(config.models, config.seeds, config.splits.names):
+        of_fold, (source, pretrained) = config.in_fold(fold), config.pretraining_of(dataset, model)
+        if stage != "pretrain":
+            folder = Layout.of(of_fold, dataset).finetune(model, seed, stage)
+        elif pretrained == model:
+            folder = Layout.of(of_fold, source).pretrain(model, seed)
+        else:
+            continue
+        if (folder / "model.json").exists() and (folder / "metrics.jsonl").exists():
+            info = read_json(folder / "model.json")
+            metrics = pd.read_json(folder / "metrics.jsonl", lines=True)
+            yield Training(dataset, model, seed, stage, info, metrics, fold)
 
 
 def collect_evaluations(config: Config, dataset: str, target: str) -> Iterator[Evaluation]:
@@ -152,13 +159,19 @@ def collect_evaluations(config: Config, dataset: str, target: str) -> Iterator[E
 
 @dataclass(frozen=True)
 class Example:
-    """One run to be shown: images (z, y, x), and the height of each slice in mm."""
+    """One run to be shown: images (z, y, x), voxel (x, y, z) to mm, and its store's attributes."""
 
     run: str
     mean: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
     tokens: npt.NDArray[np.bool_] | None
-    height: npt.NDArray[np.float64]
+    affine: npt.NDArray[np.float64]
+    attributes: dict[str, Any]
+
+    @property
+    def height(self) -> npt.NDArray[np.float64]:
+        """(z,) mm of each slice."""
+        return self.affine[2, 3] + self.affine[2, 2] * np.arange(len(self.mask))
 
 
 def example_run(config: Config, data: Data) -> Example | None:
@@ -172,7 +185,7 @@ def example_run(config: Config, data: Data) -> Example | None:
         return None
     with xarray.open_zarr(layout.array("volumes", run), chunks=None) as volumes:
         mean, mask = volumes["mean"].values, volumes["mask"].values.astype(bool)
-        affine = np.asarray(volumes.attrs["affine"])
+        attributes = {str(name): value for name, value in volumes.attrs.items()}
     tokens = None
     if layout.array("tokens", run).exists():
         with xarray.open_zarr(layout.array("tokens", run), chunks=None) as store:
@@ -180,8 +193,8 @@ def example_run(config: Config, data: Data) -> Example | None:
         kept = np.zeros([n // edge for n in mask.shape], dtype=bool)
         kept[cells[:, 2], cells[:, 1], cells[:, 0]] = True
         tokens = np.kron(kept, np.ones((edge, edge, edge), dtype=bool)).astype(bool)
-    height = affine[2, 3] + affine[2, 2] * np.arange(len(mask))
-    return Example(run, mean, mask, tokens, height)
+    affine = np.asarray(attributes["affine"], dtype=np.float64)
+    return Example(run, mean, mask, tokens, affine, attributes)
 
 
 def group_connectivity(config: Config, data: Data) -> tuple[npt.NDArray[np.float64], int] | None:

@@ -50,6 +50,26 @@ def choose_targets(options: argparse.Namespace, config: Config, dataset: str) ->
     return known if options.target is None else [choose("target", options.target, known)]
 
 
+def choose_folds(options: argparse.Namespace, config: Config) -> list[Config]:
+    """The config for the fold that is asked for, or for all in turn; of a holdout, itself."""
+    names = config.splits.names
+    if options.fold is not None:
+        if config.splits.protocol == "holdout":
+            raise InputError(
+                f"--fold {options.fold}: splits.protocol is holdout, which has no folds; leave "
+                "--fold out, or set splits.protocol"
+            )
+        names = [choose("fold", options.fold, names)]
+    return [config.in_fold(name) for name in names]
+
+
+def choose_fold(options: argparse.Namespace, config: Config) -> Config:
+    """The config for the fold that is asked for, which a cross-validation leaves no choice."""
+    if options.fold is None and config.splits.protocol != "holdout":
+        choose("fold", None, config.splits.names)
+    return choose_folds(options, config)[0]
+
+
 def choose_batches(options: argparse.Namespace, config: Config) -> list[int]:
     """The batch that is asked for, or all."""
     every = list(range(config.compute.batches))

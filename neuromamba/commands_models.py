@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 from neuromamba.command_options import (
     choose,
     choose_dataset,
+    choose_fold,
+    choose_folds,
     choose_targets,
     choose_training,
     read_config,
 )
+from neuromamba.files import InputError
 from neuromamba.launch import start_processes
 from neuromamba.recording import recorded
 from neuromamba.stages import Job
@@ -31,10 +35,14 @@ def _pretrain(options: argparse.Namespace) -> None:
     dataset, model, seed = choose_training(options, config, [*config.datasets, *config.mixtures])
     if dataset in config.datasets:
         dataset, model = config.pretraining_of(dataset, model)
-    stage = "pretrain" if fraction is None else "cell"
-    job = Job(stage, dataset, model=model, seed=seed, fraction=fraction or 0.0)
-    with recorded(config, job):
-        run_pretrain(config, dataset, model, seed, options.on_change, fraction)
+    if fraction is not None:
+        job = Job("cell", dataset, model=model, seed=seed, fraction=fraction)
+        with recorded(config, job):
+            run_pretrain(config, dataset, model, seed, options.on_change, fraction)
+        return
+    for fold in choose_folds(options, config):
+        with recorded(fold, Job("pretrain", dataset, model=model, seed=seed, fold=fold.fold)):
+            run_pretrain(fold, dataset, model, seed, options.on_change)
 
 
 def _scaling(options: argparse.Namespace) -> None:
@@ -53,18 +61,37 @@ def _finetune(options: argparse.Namespace) -> None:
 
     dataset, model, seed = choose_training(options, config)
     for target in choose_targets(options, config, dataset):
-        with recorded(config, Job("finetune", dataset, model=model, seed=seed, target=target)):
-            run_finetune(config, dataset, model, seed, target, on_change=options.on_change)
+        job = Job("finetune", dataset, model=model, seed=seed, target=target)
+        for fold in choose_folds(options, config):
+            with recorded(fold, replace(job, fold=fold.fold)):
+                run_finetune(fold, dataset, model, seed, target, on_change=options.on_change)
+
+
+def _baselines(options: argparse.Namespace) -> None:
+    from neuromamba.baseline_predictions import run_baselines
+
+    config = read_config(options)
+    dataset = choose_dataset(options, config)
+    for target in choose_targets(options, config, dataset):
+        for fold in choose_folds(options, config):
+            with recorded(fold, Job("baselines", dataset, target=target, fold=fold.fold)):
+                run_baselines(fold, dataset, target)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from neuromamba.evaluate import run_evaluate
+    from neuromamba.pool import run_pool
 
     config = read_config(options)
     dataset, model, seed = choose_training(options, config)
     for target in choose_targets(options, config, dataset):
-        with recorded(config, Job("evaluate", dataset, model=model, seed=seed, target=target)):
-            run_evaluate(config, dataset, model, seed, target)
+        job = Job("evaluate", dataset, model=model, seed=seed, target=target)
+        for fold in [] if options.pool else choose_folds(options, config):
+            with recorded(fold, replace(job, fold=fold.fold)):
+                run_evaluate(fold, dataset, model, seed, target)
+        if options.fold is None and config.splits.protocol != "holdout":
+            with recorded(config, job):
+                run_pool(config, dataset, model, seed, target)
 
 
 def _scores(options: argparse.Namespace) -> None:
@@ -81,8 +108,19 @@ def _forecast(options: argparse.Namespace) -> None:
 
     config = read_config(options)
     dataset, model, seed = choose_training(options, config)
-    with recorded(config, Job("forecast", dataset, model=model, seed=seed)):
-        run_forecast(config, dataset, model, seed)
+    for fold in choose_folds(options, config):
+        with recorded(fold, Job("forecast", dataset, model=model, seed=seed, fold=fold.fold)):
+            run_forecast(fold, dataset, model, seed)
+
+
+def _identify(options: argparse.Namespace) -> None:
+    from neuromamba.identify import run_identify
+
+    config = read_config(options)
+    dataset, model, seed = choose_training(options, config)
+    for fold in choose_folds(options, config):
+        with recorded(fold, Job("identify", dataset, model=model, seed=seed, fold=fold.fold)):
+            run_identify(fold, dataset, model, seed)
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -92,6 +130,7 @@ def _embed(options: argparse.Namespace) -> None:
     if options.weights:
         dataset, embedder = choose_dataset(options, config), open_shared(config, options.weights)
     else:
+        config = choose_fold(options, config)
         dataset, model, seed = choose_training(options, config)
         target = options.target and choose_targets(options, config, dataset)[0]
         embedder = open_embedder(config, dataset, model, seed, target)
@@ -102,30 +141,30 @@ def _embed(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from neuromamba.export import run_export
 
-    config = read_config(options)
+    config = choose_fold(options, read_config(options))
     run_export(config, *choose_training(options, config), options.output)
 
 
 def _explain(options: argparse.Namespace) -> None:
     from neuromamba.explain import run_explain
 
-    config = read_config(options)
+    config = choose_fold(options, read_config(options))
     dataset, model, seed = choose_training(options, config)
-    target = choose("target", options.target, choose_targets(options, config, dataset))
-    run_explain(
-        config,
-        dataset,
-        model,
-        seed,
-        target,
-        options.output,
-        options.subjects,
-        options.steps,
-        options.windows,
-        options.of_class,
-        options.permuted,
-        options.subject_maps,
-    )
+    own = (options.subjects, options.steps, options.windows, options.of_class, options.permuted)
+    if options.output is not None:
+        target = choose("target", options.target, choose_targets(options, config, dataset))
+        how = (options.output, *own, options.subject_maps)
+        run_explain(config, dataset, model, seed, target, *how)
+        return
+    if any(value is not None for value in own) or options.subject_maps:
+        raise InputError(
+            "--output is missing: maps by other options than the config's need a folder of their "
+            "own"
+        )
+    for target in choose_targets(options, config, dataset):
+        job = Job("explain", dataset, model=model, seed=seed, target=target, fold=config.fold)
+        with recorded(config, job):
+            run_explain(config, dataset, model, seed, target)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -142,19 +181,30 @@ def _predict(options: argparse.Namespace) -> int:
         options.confidence,
         options.any_repetition_time,
         options.device,
+        options.explain,
     )
     return 0 if every else 1
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from neuromamba.compare import run_compare
+
+    how = (options.bootstrap, options.confidence, options.permutations, options.seed)
+    run_compare(options.runs, options.output, *how)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "pretrain": _pretrain,
     "scaling": _scaling,
     "finetune": _finetune,
+    "baselines": _baselines,
     "evaluate": _evaluate,
     "scores": _scores,
     "forecast": _forecast,
+    "identify": _identify,
     "embed": _embed,
     "export": _export,
     "explain": _explain,
     "predict": _predict,
+    "compare": _compare,
 }

@@ -1,4 +1,4 @@
-"""Predict the test subjects by a fine-tuned model and by the baselines, and score the predictions.
+"""Predict the test subjects by a fine-tuned model, and score it beside the baselines.
 
 Design choices
 --------------
@@ -12,62 +12,21 @@ Design choices
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from neuromamba.baselines import BASELINES, Subjects, no_features, predict_baselines
+from neuromamba.baseline_predictions import choose_subjects, read_baselines
+from neuromamba.baselines import BASELINES, Subjects, no_features
 from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config
-from neuromamba.confound_model import confounds_of
 from neuromamba.files import InputError, write_json
 from neuromamba.finetune import predict_subjects
 from neuromamba.layout import Layout
-from neuromamba.metrics import compare, compute_metrics, read_predictions
-from neuromamba.participants import read_participants
-from neuromamba.qc_rules import left_out
 from neuromamba.record import seen_subjects
-from neuromamba.splits import read_split
-from neuromamba.stage import usable_runs
-from neuromamba.tables import read_table, write_table
-
-
-def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
-    """Join the split with the labels of one target, and with the subjects that have good runs.
-
-    A split outlives the runs of a subject, which another atlas or rule of quality may leave out.
-
-    Raises
-    ------
-    InputError
-        When too few subjects have a label, or the training subjects have one class.
-    """
-    settings = config.datasets[dataset]
-    kind = settings.targets[target]
-    split = read_split(Layout.of(config, dataset).split)
-    everybody = [*split["train"], *split["validation"], *split["test"]]
-    labels = read_participants(settings)[target].reindex(everybody).dropna()
-    has_runs = labels.index.isin(_good_runs(config, dataset)["subject"])
-    lost, labels = int((~has_runs).sum()), labels[has_runs]
-    train = labels.reindex(sorted([*split["train"], *split["validation"]])).dropna()
-    test = labels.reindex(split["test"]).dropna()
-    where = f"{settings.participants and settings.participants.file}: column {kind.column!r}"
-    if len(train) < 2 or len(test) < 2:
-        raise InputError(
-            f"{where} has a label for {len(train)} training and {len(test)} test subject(s) with "
-            "usable runs; "
-            "evaluation needs 2 of each: add labels, subjects, or share (splits.test)"
-        )
-    if train.nunique() < 2:
-        raise InputError(
-            f"{where} has the one value {train.iloc[0]!r} for all {len(train)} training subjects; "
-            "there is nothing to tell apart: correct the target's `classes` or remove the target"
-        )
-    classes = list(kind.classes) if kind.kind == "classification" else []
-    unlabelled = len(everybody) - lost - len(train) - len(test)
-    return Subjects(classes, train, test, unlabelled, lost)
+from neuromamba.scoring import write_metrics
+from neuromamba.tables import write_table
 
 
 def find_seen(config: Config, dataset: str, info: dict[str, Any], test: Sequence[str]) -> list[str]:
@@ -111,18 +70,6 @@ def predict_model(
     return predicted
 
 
-def predict_references(
-    config: Config, dataset: str, target: str, subjects: Subjects
-) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
-    """`predict_baselines` on a dataset's results.
-
-    Seeded by `splits.seed`: the baselines are the same beside every model and every model's seed.
-    """
-    runs = _good_runs(config, dataset)
-    stores, confounds = _stores(config, dataset, runs), confounds_of(config, dataset, target, runs)
-    return predict_baselines(config.evaluate, subjects, stores, confounds, config.splits.seed)
-
-
 def tabulate(name: str, predicted: pd.DataFrame, subjects: Subjects) -> pd.DataFrame:
     """Rows of `predictions.tsv` for one predictor.
 
@@ -149,8 +96,8 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
     Raises
     ------
     InputError
-        When there is no finished model, when it was trained on a test subject, or when the labels
-        or the FC do not allow an evaluation.
+        When there is no finished model, when it was trained on a test subject, when the baselines
+        have not been predicted, or when the labels do not allow an evaluation.
     """
     layout = Layout.of(config, dataset)
     folder = layout.evaluate(model, seed, target)
@@ -159,7 +106,7 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
     subjects = choose_subjects(config, dataset, target)
     info = load_model_info(layout.finetune(model, seed, target))
     seen = find_seen(config, dataset, info, list(subjects.test.index))
-    baselines, baseline_notes = predict_references(config, dataset, target, subjects)
+    baselines, baseline_notes = read_baselines(config, dataset, target, subjects)
     constant = "majority" if subjects.classes else "mean"
     share = no_features(subjects.train, subjects.classes)
     simple = pd.DataFrame(list(share.values()), subjects.columns).T
@@ -182,36 +129,3 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
     }
     write_json(folder / "notes.json", notes)
     write_metrics(folder, model, config)
-
-
-def write_metrics(folder: Path, model: str, config: Config) -> None:
-    """Compute `comparison.tsv` and `metrics.tsv` from the `predictions.tsv` in `folder`."""
-    predictions = read_predictions(folder / "predictions.tsv")
-    evaluate = config.evaluate
-    settings = (evaluate.bootstrap, evaluate.confidence, config.splits.seed, evaluate.permutations)
-    others = [name for name in predictions["predictor"].unique() if name != model]
-    compared = [compare(predictions, model, other, *settings) for other in others]
-    write_table(folder / "comparison.tsv", pd.concat(compared, ignore_index=True))
-    write_table(folder / "metrics.tsv", compute_metrics(predictions, *settings))
-
-
-def _good_runs(config: Config, dataset: str) -> pd.DataFrame:
-    """Runs that have tokens and ROI series and are good enough: `run`, `subject`."""
-    layout = Layout.of(config, dataset)
-    index = read_table(layout.index, dtype={"run": str, "subject": str})
-    batches = range(config.compute.batches)
-    usable = [
-        set(usable_runs([layout.manifest(stage, batch) for batch in batches]))
-        for stage in ("tokens", "rois")
-    ]
-    good = (usable[0] & usable[1]) - set(left_out(config, dataset))
-    return index.loc[index["run"].isin(list(good)), ["run", "subject"]]
-
-
-def _stores(config: Config, dataset: str, runs: pd.DataFrame) -> dict[str, list[Path]]:
-    """The ROI stores of each subject's runs."""
-    layout = Layout.of(config, dataset)
-    stores: dict[str, list[Path]] = {}
-    for run, subject in runs.itertuples(index=False):
-        stores.setdefault(subject, []).append(layout.array("rois", run))
-    return stores

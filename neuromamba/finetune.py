@@ -1,19 +1,23 @@
-"""Fine-tuning: a pretrained model, or only a head on top of it, learns to predict a target.
+"""Fine-tuning: a pretrained model, or only a part of it, learns to predict a target.
+
+What learns, by `mode`: the whole model (`full`), low-rank changes of its linear layers (`adapters`,
+see there), or neither (`head`); with each of these the head and, where there is one, the model's
+`pool`. A `probe` fits the head alone, in closed form (see there), and takes no steps.
 
 Design choices
 --------------
 - Classes are weighted by the inverse of their frequency among the training subjects, so that the
   rarest counts as much as the commonest. Numbers are learnt in z units of the training subjects.
 - A subject's prediction is the mean over evenly spaced windows of all its runs: of the
-  probabilities, or of the values. The windows of one run are predicted together and apart from all
-  others, so a prediction is the same to the bit whoever else is predicted.
+  probabilities (of a probe, of the logits), or of the values. The windows of one run are predicted
+  together and apart from all others, so a prediction is the same to the bit whoever else is
+  predicted.
 - The step to keep is chosen by the loss on the validation subjects alone.
 - The last step is the calibration for new scans (see `calibrate`), without which there is no model.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,28 +29,24 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from neuromamba.adapters import add_adapters, remove_adapters
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
 from neuromamba.calibrate import only_uncalibrated, run_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Classification, Config, Finetune
 from neuromamba.files import InputError, digest_json
-from neuromamba.heads import ClassHead, HeadedModel, NumberHead
+from neuromamba.heads import ClassHead, HeadedModel, NumberHead, make_unscaled
 from neuromamba.layout import Layout
+from neuromamba.observe import merge_runs, observe_subject
 from neuromamba.participants import read_participants
-from neuromamba.pretrain import (
-    PARTS,
-    already_there,
-    make_network,
-    make_record,
-    make_settings,
-    open_windows,
-    train_and_save,
-)
+from neuromamba.pretrain import PARTS, make_network, make_record, make_settings, open_windows
+from neuromamba.probe import probe_and_save
 from neuromamba.record import OnChange, ancestry, differences
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
 from neuromamba.splits import read_split
-from neuromamba.stages import target_settings
+from neuromamba.stage_settings import target_settings
+from neuromamba.trained import Facts, already_there, train_and_save
 
 
 def run_finetune(
@@ -82,6 +82,8 @@ def run_finetune(
     record = make_record(config, dataset, model, seed, settings, runs)
     refuse_other_settings(pretrain, earlier, record["settings"])
     record["settings"]["target"] = target_settings(config.datasets[dataset], target)
+    if settings.mode == "probe":
+        record["settings"]["inner_folds"] = config.evaluate.inner_folds
     record["inputs"] |= {"labels": digest_json(used), "pretrained": earlier["files"]}
     trained = only_uncalibrated(folder, record, on_change)
     if not trained and already_there(folder, record, on_change):
@@ -92,28 +94,49 @@ def run_finetune(
         tqdm.write(f"{dataset}: left out for want of a label {target!r}: {counts}", sys.stderr)
     backbone = make_network(config, model, seed)
     load_weights(backbone, pretrain)
-    network = HeadedModel(backbone, task, settings.head_dropout, settings.mode == "head")
+    probe = settings.mode == "probe"
+    network = HeadedModel(backbone, task, settings.head_dropout, settings.mode != "full", probe)
     windows = open_windows(config, dataset, model, network, subjects, runs)
-    device = choose_device(config.compute.device)
-    network = network.to(device)
+    network = network.to(choose_device(config.compute.device))
     if not trained:
-        standardize(network, windows["train"], settings, device)
-
-        def with_label(batch: Batch) -> Batch:
-            return {**batch, "label": torch.tensor([used[name] for name in batch["subject"]])}
-
         facts = {"target": target, "unlabelled": unlabelled, "scaling": task.describe()}
         facts["pretrained_from"] = ancestry(earlier)
-        train_and_save(
-            network, settings, windows, folder, record, config, on_change, with_label, facts
-        )
+        train = probe_and_save if probe else train_by_gradient
+        train(network, settings, windows, used, folder, record, config, on_change, facts)
     run_calibration(config, dataset, folder, network, windows, used, settings)
 
 
-def standardize(
-    network: HeadedModel, train: Windows, settings: Finetune, device: torch.device
+def train_by_gradient(
+    network: HeadedModel,
+    settings: Finetune,
+    windows: Mapping[str, Windows],
+    labels: Mapping[str, int | float],
+    folder: Path,
+    record: Mapping[str, Any],
+    config: Config,
+    on_change: OnChange,
+    facts: Facts,
 ) -> None:
+    """Train the head, and what else learns by the mode; see `train_and_save`.
+
+    Adapters are no longer in `network` after that.
+    """
+    standardize(network, windows["train"], settings)
+    if settings.mode == "adapters":
+        # They are merged into the weights that are saved, which are no more than before.
+        facts = {**facts, "parameters": sum(one.numel() for one in network.parameters())}
+        add_adapters(network.backbone, settings.adapters)
+
+    def with_label(batch: Batch) -> Batch:
+        return {**batch, "label": torch.tensor([labels[name] for name in batch["subject"]])}
+
+    train_and_save(network, settings, windows, folder, record, config, on_change, with_label, facts)
+    remove_adapters(network)
+
+
+def standardize(network: HeadedModel, train: Windows, settings: Finetune) -> None:
     """Set the mean and SD of the features by evenly spaced windows of the training subjects."""
+    device = network.center.device
     spaced = train.spaced(settings.validation_windows)
     batches = tqdm(list(spaced), desc="standardize", unit="window", mininterval=1.0)
     network.standardize(to_device(train.batch([w]), device) for w in batches)
@@ -226,9 +249,7 @@ def predict_subjects(
     settings["target"] = target_settings(config.datasets[dataset], target)
     refuse_other_settings(folder, load_model_info(folder), settings)
     classes = list(spec.classes) if isinstance(spec, Classification) else []
-    # What the heads were scaled by comes with the weights.
-    task = ClassHead([1.0] * len(classes)) if classes else NumberHead(0.0, 1.0)
-    network = HeadedModel(make_network(config, model, seed), task, 0.0, frozen=True)
+    network = make_unscaled(make_network(config, model, seed), classes, section.finetune.mode)
     load_weights(network, folder)
     network.to(choose_device(config.compute.device)).eval()
     runs = list_runs(config, dataset, subjects)
@@ -239,22 +260,8 @@ def predict_subjects(
         reasons = "; ".join(windows.left_out.values()) or f"see {layout.excluded}"
         raise InputError(f"no run of {', '.join(lost[:5])} can be predicted: {reasons}")
     rows = [
-        [subject, *_predict_one(network, windows, subject, section.finetune)]
+        [subject, *merge_runs(observe_subject(network, windows, subject, section.finetune))[0]]
         for subject in tqdm(subjects, desc=f"predict {target}", unit="subject", mininterval=1.0)
     ]
     names = [f"prob_{name}" for name in classes] or ["value"]
     return pd.DataFrame(rows, columns=["subject", *names])
-
-
-def _predict_one(
-    network: HeadedModel, windows: Windows, subject: str, settings: Finetune
-) -> list[float]:
-    """Mean over a subject's windows, run by run: one run's tokens need no padding."""
-    device = next(network.parameters()).device
-    spaced = windows.spaced(settings.evaluation_windows, [subject])
-    values = []
-    with torch.no_grad():
-        for _, of_run in itertools.groupby(spaced, key=lambda window: window.run):
-            for batch in windows.batches(list(of_run), settings.batch_size):
-                values.append(network.predict(to_device(batch, device)).double().cpu())
-    return torch.cat(values).mean(0).tolist()

@@ -5,18 +5,25 @@ vector; what tells them apart is a percent of it, and a linear layer would take 
 So each feature is centred and scaled by its mean and SD over windows of the training subjects, as a
 linear probe does, once before the first step. These numbers are then fixed: a prediction does not
 depend on what else is predicted.
+
+What is said of several windows together is the mean of their probabilities or values. Of a linear
+probe, which was fitted to means of features over windows, it is what the head says of such a mean:
+of classes, the mean of the logits, which is another thing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from neuromamba.adapters import adapter_rates, merge_adapters
 from neuromamba.batches import Batch
+
+Mode = Literal["full", "adapters", "head", "probe"]
 
 
 class ClassHead(nn.Module):
@@ -97,7 +104,9 @@ class HeadedModel(nn.Module):
         Before the last layer.
     frozen
         Train the head and `backbone.pool` alone (an attentive probe, or a linear one where there
-        is no `pool`); the rest of the backbone then works as in evaluation.
+        is no `pool`); the rest of the backbone then works as in evaluation. Adapters in it learn.
+    of_means
+        The head is, or will be, fitted to means over windows.
     """
 
     center: torch.Tensor
@@ -109,6 +118,7 @@ class HeadedModel(nn.Module):
         task: ClassHead | NumberHead,
         dropout: float,
         frozen: bool,
+        of_means: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -121,7 +131,7 @@ class HeadedModel(nn.Module):
         nn.init.zeros_(output.bias)
         self.head = nn.Sequential(nn.Dropout(dropout), output)
         self.task = task
-        self.frozen = frozen
+        self.frozen, self.of_means = frozen, of_means
         self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]
         backbone.requires_grad_(not frozen)
         if isinstance(forecast := getattr(backbone, "head", None), nn.Module):
@@ -136,15 +146,34 @@ class HeadedModel(nn.Module):
         self.eval()
         embeddings = torch.cat([self.backbone.embed(batch).float() for batch in batches])  # type: ignore[operator]
         self.train(mode)
+        self.standardize_by(embeddings)
+
+    @torch.no_grad()
+    def standardize_by(self, embeddings: torch.Tensor) -> None:
+        """Set the mean and SD of the features by (sample, width) of the training subjects."""
         self.center.copy_(embeddings.mean(0))
         # A feature that is the same for everybody stays as it is instead of being blown up.
         sd = embeddings.std(0, correction=0)
         self.scale.copy_(torch.where(sd > 1e-6 * embeddings.abs().mean(), sd, 1.0))
 
+    def standardized(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(sample, width) embeddings in float32, centred and scaled, where the model is."""
+        return (embeddings.to(self.center.device).float() - self.center) / self.scale
+
+    def merged(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights of this model as they are saved: without adapters, which are merged into them."""
+        return merge_adapters(weights)
+
     def learning_rate_scales(self) -> dict[str, float]:
-        """Those of the backbone, by the names of its parameters here."""
+        """Those of the backbone and of adapters in it, by the names of the parameters here."""
         scales: dict[str, float] = getattr(self.backbone, "learning_rate_scales", dict)()
+        scales |= adapter_rates(self.backbone)
         return {f"backbone.{name}": scale for name, scale in scales.items()}
+
+    @property
+    def means_logits(self) -> bool:
+        """Whether several windows are predicted together by the mean of their logits."""
+        return self.of_means and isinstance(self.task, ClassHead)
 
     def train(self, mode: bool = True) -> HeadedModel:
         super().train(mode)
@@ -163,7 +192,7 @@ class HeadedModel(nn.Module):
         """The standardised embeddings (batch, width) float32, which the head reads."""
         embedding = self.backbone.embed(batch)  # type: ignore[operator]
         with torch.autocast(embedding.device.type, enabled=False):
-            return (embedding.float() - self.center) / self.scale
+            return self.standardized(embedding)
 
     def predict_features(self, features: torch.Tensor) -> torch.Tensor:
         """What `predict` gives for the batch that has these features."""
@@ -173,3 +202,12 @@ class HeadedModel(nn.Module):
         # In float32 also under autocast: the head is small, and the loss needs the digits.
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features)
+
+
+def make_unscaled(backbone: nn.Module, classes: Sequence[str], mode: Mode) -> HeadedModel:
+    """The network of a finished fine-tuning by `mode`, to load its weights into.
+
+    What its head was scaled by comes with them. Without classes it predicts a number.
+    """
+    task = ClassHead([1.0] * len(classes)) if classes else NumberHead(0.0, 1.0)
+    return HeadedModel(backbone, task, 0.0, frozen=True, of_means=mode == "probe")

@@ -24,7 +24,7 @@ from neuromamba.raw_listing import failed_runs, raw_subjects
 from neuromamba.records import read_record
 from neuromamba.splits import read_split
 from neuromamba.stage import batch_of
-from neuromamba.stages import Job, jobs_before, model_of
+from neuromamba.stages import Job, extra_jobs, jobs_before, model_of
 from neuromamba.tables import read_table
 
 UNKNOWN = "to be preprocessed"
@@ -37,7 +37,7 @@ class Inputs(ABC):
     def __init__(self, config: Config):
         self.config = config
         self._listings: dict[str, pd.DataFrame] = {}
-        self._trained_on: dict[str, list[str]] = {}
+        self._trained_on: dict[tuple[str, str], list[str]] = {}
         self._labels: dict[str, pd.DataFrame] = {}
         self._outside: dict[Job, dict[str, str]] = {}
         self._images: dict[str, list[Anatomical]] = {}
@@ -70,14 +70,16 @@ class Inputs(ABC):
                 return self._rows(job.dataset)
             case "overview":
                 return self._rows(job.dataset)
-            case "scaling" | "scores" | "report":
+            case "report":
+                return [read_record(self.config, one).get("key") for one in extra_jobs(self.config)]
+            case "scaling" | "scores":
                 return []
         data: list[Any] = []
         for name in self.config.members(job.dataset):
-            data += self._subjects_and_runs(name)
-            if job.stage not in ("pretrain", "forecast"):
+            data += self._subjects_and_runs(name, job.fold)
+            if job.stage not in ("pretrain", "forecast", "identify"):
                 data.append(self._labels_digest(job, name))
-            if job.stage == "evaluate":
+            if job.stage == "baselines":
                 data.append(self._facts_digest(job, name))
         if job.stage in ("pretrain", "cell"):
             start = model_of(self.config, job).pretrain.init_from
@@ -144,15 +146,15 @@ class Inputs(ABC):
         self._outside.setdefault(job, {})[name] = value
         return value
 
-    def _subjects_and_runs(self, dataset: str) -> list[str]:
-        """Digests of a dataset's split, and of the runs of its subjects."""
-        if dataset not in self._trained_on:
+    def _subjects_and_runs(self, dataset: str, fold: str) -> list[str]:
+        """Digests of a dataset's split (of a fold, or all folds), and of its subjects' runs."""
+        if (dataset, fold) not in self._trained_on:
             runs = self._listing(dataset)
             of_split = runs["subject"].isin(set(self._subjects(dataset)))
             good = ~runs["run"].isin(self._left_out(dataset))
             rows = runs.loc[of_split & good, ["run", "fingerprint"]].to_numpy().tolist()
-            self._trained_on[dataset] = [self._split(dataset), digest_json(rows)]
-        return self._trained_on[dataset]
+            self._trained_on[dataset, fold] = [self._split(dataset, fold), digest_json(rows)]
+        return self._trained_on[dataset, fold]
 
     def _labels_digest(self, job: Job, dataset: str) -> str | None:
         """Digest of the labels of the split's subjects: of one target, or all and the site."""
@@ -179,15 +181,21 @@ class Inputs(ABC):
         return self._digest(job, f"facts of {dataset}", participants.file, digest)
 
     def _subjects(self, dataset: str) -> list[str]:
-        split = read_split(Layout.of(self.config, dataset).split)
+        split = read_split(self._first_split(dataset))
         return sorted(name for part in split.values() for name in part)
 
-    def _split(self, dataset: str) -> str:
-        return digest_file(Layout.of(self.config, dataset).split)
+    def _first_split(self, dataset: str) -> Path:
+        """The split, or one of the folds, which all are of the same subjects."""
+        return Layout.of(self.config.in_fold(self.config.splits.names[0]), dataset).split
+
+    def _split(self, dataset: str, fold: str) -> str:
+        layout = Layout.of(self.config.in_fold(fold), dataset)
+        all_folds = not fold and self.config.splits.protocol != "holdout"
+        return digest_file(layout.folds if all_folds else layout.split)
 
     def _frozen(self, dataset: str) -> bool:
         """Whether all subjects of the split, if there is one, still have runs."""
-        if not Layout.of(self.config, dataset).split.exists():
+        if not self._first_split(dataset).exists():
             return True
         return set(self._subjects(dataset)) <= set(self._listing(dataset)["subject"])
 

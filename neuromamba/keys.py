@@ -23,13 +23,13 @@ from neuromamba.layout import Layout
 from neuromamba.raw_listing import got_less
 from neuromamba.records import Record, explain, read_record, write_record
 from neuromamba.source_code import code_of
+from neuromamba.stage_settings import settings_of
 from neuromamba.stages import (
     BY_BATCH,
     Job,
     jobs_before,
     modules_of,
     output_of,
-    settings_of,
 )
 from neuromamba.tables import read_table
 
@@ -37,6 +37,8 @@ NOT_MADE = "not made yet"
 FOLLOWS = "what comes before it has to run"
 DECIDING = ("splits", "qc")
 """Stages whose outcome, which no recipe holds, decides what the jobs after them work on."""
+RESULTS = ("pretrain", "finetune", "baselines", "evaluate")
+"""Stages whose results depend on data, and which others work on."""
 LISTING = ("excluded", "overview")
 """Stages that only list what others found."""
 
@@ -153,7 +155,7 @@ class Keys(Inputs):
     def came_later(self, dataset: str) -> list[str]:
         """Subjects with data that are in no part of the dataset's split, which is older."""
         layout = Layout.of(self.config, dataset)
-        if not (layout.split.exists() and layout.excluded.exists()):
+        if not (self._first_split(dataset).exists() and layout.excluded.exists()):
             return []
         left_out = read_table(layout.excluded, dtype=str)["run"]
         try:
@@ -176,9 +178,11 @@ class Keys(Inputs):
                 return [self._key_before(one, code) for one in listed]
             case "excluded":
                 return self._atlases(before)
-            case "finetune" | "evaluate" | "forecast":
-                trained = [one for one in before if one.stage in ("pretrain", "finetune")]
-                return [self._key_before(one, code) for one in trained] + self._atlases(before)
+            case "baselines":
+                return self._atlases(before)
+            case "finetune" | "evaluate" | "forecast" | "identify" | "explain":
+                made = [one for one in before if one.stage in RESULTS]
+                return [self._key_before(one, code) for one in made] + self._atlases(before)
         return []
 
     def _atlases(self, before: Sequence[Job]) -> list[str]:

@@ -8,32 +8,30 @@ Design choices
 - All predictors see the same resamples, so that a difference between two is of the same subjects.
 - p values are by permutation (`neuromamba.statistics`). The calibration error, which is no measure
   of skill, has none.
+- Under cross-validation a metric is the mean over folds of its value within a fold, never of pooled
+  scores (`neuromamba.predictors` says why). What is drawn is a subject, with its rows in all
+  repeats. A difference is then claimed only where the corrected resampled t-test over the folds
+  agrees (`neuromamba.resampled`): it is the one that is also about other training subjects.
 - What is undefined is missing, not a number: the correlation of a constant prediction, the AUROC
   of a test set with one class.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from neuromamba import statistics
-from neuromamba.files import InputError
+from neuromamba.predictors import PROBABILITY as PROBABILITY
+from neuromamba.predictors import Predictor, read_predictors, refuse_unlike
+from neuromamba.predictors import class_names as class_names
+from neuromamba.resampled import held_out_ratio, resampled_t_test
 from neuromamba.tables import read_table
-from neuromamba.weighted_metrics import (
-    Floats,
-    Ints,
-    classification_metrics,
-    regression_metrics,
-)
+from neuromamba.weighted_metrics import Floats, Ints
 from neuromamba.weighted_metrics import Metrics as Metrics
 
-PROBABILITY = "prob_"
 HIGHER_IS_BETTER = {
     "auroc": True,
     "balanced_accuracy": True,
@@ -62,6 +60,7 @@ def compute_metrics(
     predictions
         Columns `subject`, `predictor`, `y_true`, `y_pred` and, for classification, one column
         `prob_<class>` per class, the positive class last. Every predictor has the same subjects.
+        Under cross-validation `fold`, too, and a row for each fold that tests a subject.
     resamples, confidence, seed
         Bootstrap resamples, coverage of the percentile intervals, and what seeds them.
     permutations
@@ -74,7 +73,7 @@ def compute_metrics(
         (subjects).
     """
     rows = []
-    for name, found in _predictors(predictions).items():
+    for name, found in read_predictors(predictions).items():
         point = found.metrics(np.ones((1, len(found.true))))
         drawn = bootstrap(found.metrics, found.strata, resamples, seed)
         p = found.against_chance(permutations, seed)
@@ -102,97 +101,75 @@ def compare(
     -------
     pandas.DataFrame
         Columns `predictor` (`first`), `versus` (`second`), `metric`, `difference`, `low`, `high`,
-        `p` (two-sided, not corrected), `better`: `first` or `second` where the interval leaves out
-        0 and p is at most 1 - confidence (smaller is better for an error), missing elsewhere.
+        `p` (two-sided, not corrected), `p_resampled` (of the corrected resampled t-test over the
+        folds; missing for a holdout), `better`: `first` or `second` where the interval leaves out 0
+        and every p is at most 1 - confidence (smaller is better for an error), missing elsewhere.
+
+    Raises
+    ------
+    InputError
+        When the two were not tested on the same subjects in the same folds.
     """
-    found = _predictors(predictions)
+    found = read_predictors(predictions)
     one, other = found[first], found[second]
+    refuse_unlike(first, one, second, other)
+    p = one.against(other, permutations, seed)
+    over_folds = {} if one.is_holdout else p_over_folds([(one, other)])
+    rows = []
+    for name, (value, low, high) in difference(one, other, resamples, confidence, seed).items():
+        known, resampled = (
+            tested.get(name, np.nan) if name in p and np.isfinite(value) else np.nan
+            for tested in (p, over_folds)
+        )
+        claimed = [known] if one.is_holdout else [known, resampled]
+        winner = first if (low > 0) == HIGHER_IS_BETTER[name] else second
+        better = winner if is_shown(low, high, claimed, confidence) else None
+        rows.append((first, second, name, value, low, high, known, resampled, better))
+    columns = ["predictor", "versus", "metric", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "p", "p_resampled", "better"])
+
+
+def difference(
+    one: Predictor, other: Predictor, resamples: int, confidence: float, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """Difference of each metric of two predictors, and its interval by paired resamples."""
     ones = np.ones((1, len(one.true)))
     point = one.metrics(ones), other.metrics(ones)
     drawn = [bootstrap(each.metrics, one.strata, resamples, seed) for each in (one, other)]
-    p = one.against(other, permutations, seed)
-    rows = []
+    found = {}
     for name in point[0]:
         value = point[0][name][0] - point[1][name][0]
-        low, high = interval(value, drawn[0][name] - drawn[1][name], confidence)
-        known = p.get(name, np.nan) if np.isfinite(value) else np.nan
-        better = None
-        if (low > 0 or high < 0) and known <= 1 - confidence:
-            better = first if (low > 0) == HIGHER_IS_BETTER[name] else second
-        rows.append((first, second, name, value, low, high, known, better))
-    columns = ["predictor", "versus", "metric", "difference", "low", "high", "p", "better"]
-    return pd.DataFrame(rows, columns=columns)
+        found[name] = value, *interval(value, drawn[0][name] - drawn[1][name], confidence)
+    return found
+
+
+def p_over_folds(pairs: Sequence[tuple[Predictor, Predictor]]) -> dict[str, float]:
+    """p of each metric by the corrected resampled t-test, two predictors in the same folds.
+
+    Of several pairs, which are of several seeds, the differences are averaged first: other seeds
+    are no other training subjects.
+    """
+    folds, n = pairs[0][0].folds, len(pairs[0][0].subjects)
+    ratio = held_out_ratio([len(who) for who in folds.values()], n)
+    values = [(one.by_fold(), other.by_fold()) for one, other in pairs]
+    return {
+        name: resampled_t_test(
+            np.mean([first[name] - second[name] for first, second in values], axis=0), ratio
+        )
+        for name in values[0][0]
+    }
+
+
+def is_shown(low: float, high: float, p: Sequence[float], confidence: float) -> bool:
+    """Whether an interval leaves out 0 and every p is small enough; NaN never is."""
+    return (low > 0 or high < 0) and all(each <= 1 - confidence for each in p)
 
 
 def read_predictions(path: Path | str) -> pd.DataFrame:
     """Read a `predictions.tsv` as `compute_metrics` takes it."""
     # Labels are text also where they look like numbers; `compute_metrics` makes numbers of them.
-    columns = ("subject", "predictor", "y_true", "y_pred")
+    columns = ("subject", "predictor", "fold", "y_true", "y_pred")
     return read_table(path, dtype=dict.fromkeys(columns, str))
-
-
-def class_names(predictions: pd.DataFrame) -> list[str]:
-    """The classes of a table of predictions, in order; none for regression."""
-    columns = [str(column) for column in predictions.columns]
-    return [c.removeprefix(PROBABILITY) for c in columns if c.startswith(PROBABILITY)]
-
-
-@dataclass(frozen=True)
-class _Predictor:
-    """What one predictor says of the subjects, in their order.
-
-    Attributes
-    ----------
-    true
-        (subject,) number of the true class, or true value.
-    predicted
-        (subject, class) probabilities, or (subject,) values.
-    """
-
-    true: npt.NDArray[Any]
-    predicted: Floats
-
-    @property
-    def metrics(self) -> Metrics:
-        make = classification_metrics if self.predicted.ndim == 2 else regression_metrics
-        return make(self.true, self.predicted)
-
-    @property
-    def strata(self) -> Ints:
-        return self.true if self.predicted.ndim == 2 else np.zeros(len(self.true), np.int64)
-
-    def against_chance(self, permutations: int, seed: int) -> dict[str, float]:
-        classes = self.predicted.ndim == 2
-        test = statistics.chance_of_classes if classes else statistics.chance_of_numbers
-        return test(self.true, self.predicted, permutations, seed)
-
-    def against(self, other: _Predictor, permutations: int, seed: int) -> dict[str, float]:
-        classes = self.predicted.ndim == 2
-        test = statistics.compare_classes if classes else statistics.compare_numbers
-        return test(self.true, self.predicted, other.predicted, permutations, seed)
-
-
-def _predictors(predictions: pd.DataFrame) -> dict[str, _Predictor]:
-    """Each predictor by name, subjects sorted."""
-    classes = class_names(predictions)
-    number = {label: k for k, label in enumerate(classes)}
-    found = {}
-    for name, rows in predictions.groupby("predictor", sort=False):
-        rows = rows.sort_values("subject")
-        if classes:
-            unknown = set(rows["y_true"].astype(str)) - set(number)
-            if unknown:
-                raise InputError(f"predictions of {name}: no column for class {min(unknown)!r}")
-            true = np.asarray(rows["y_true"].astype(str).map(number), dtype=np.int64)
-            probability = rows[[PROBABILITY + label for label in classes]].to_numpy(float)
-            found[str(name)] = _Predictor(true, probability)
-        else:
-            truth, predicted = (
-                np.asarray(rows[column].astype(float), dtype=np.float64)
-                for column in ("y_true", "y_pred")
-            )
-            found[str(name)] = _Predictor(truth, predicted)
-    return found
 
 
 def bootstrap(metrics: Metrics, strata: Ints, resamples: int, seed: int) -> dict[str, Floats]:

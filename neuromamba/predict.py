@@ -12,14 +12,12 @@ Design choices
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from neuromamba.batches import Windows, make_readers
 from neuromamba.calibration_file import Level
 from neuromamba.files import InputError
 from neuromamba.fitness import (
@@ -29,15 +27,14 @@ from neuromamba.fitness import (
     judge_subject,
     refuse_short,
 )
-from neuromamba.layout import Layout
 from neuromamba.new_scans import Asked, NewScan, find_scans
 from neuromamba.observe import Observed, observe_run
 from neuromamba.predicted import Outcome, summarize, tabulate
+from neuromamba.predicted_maps import add_maps, refuse_unmapped
 from neuromamba.predictor import Predictor, open_predictor
-from neuromamba.runtime import FULL
+from neuromamba.scan_windows import scan_windows
 from neuromamba.tables import write_table
-from neuromamba.tokens import make_tokens
-from neuromamba.volumes import Source, make_volumes
+from neuromamba.volumes import Source
 
 CONFIDENCE = 0.9
 """Of sets and intervals, where none is asked for."""
@@ -52,8 +49,11 @@ def run_predict(
     confidence: float = CONFIDENCE,
     any_repetition_time: bool = False,
     device: str = "auto",
+    explain: Path | None = None,
 ) -> bool:
     """Predict scans, print a summary, and write the table of `predicted` to `output`.
+
+    The table is there before the maps are, and names them when they are done.
 
     Parameters
     ----------
@@ -67,6 +67,8 @@ def run_predict(
         Of sets and intervals, above 0 and below 1.
     any_repetition_time
         Predict also where it is far from those of the training.
+    explain
+        Folder for a map of each prediction (see `predicted_maps`); by default none is made.
 
     Returns
     -------
@@ -82,14 +84,22 @@ def run_predict(
         raise InputError(f"--confidence {confidence:g}: must be above 0 and below 1, such as 0.9")
     predictor = open_predictor(model, device)
     found = find_scans(scans, predictor.space, asked or Asked())
+    if explain is not None:
+        refuse_unmapped(predictor, found, level)
     bar = tqdm(found, desc=f"predict {predictor.target}", unit="run", mininterval=1.0)
     outcomes = [predict_scan(predictor, scan, any_repetition_time) for scan in bar]
     table = tabulate(predictor, outcomes, level, confidence)
     if output is not None:
         write_table(output, table)
+    if explain is not None:
+        table = add_maps(predictor, outcomes, table, level, explain)
+        if output is not None:
+            write_table(output, table)
     print(summarize(predictor, table, level, confidence, output is not None))
     if output is not None:
         print(f"table: {output}")
+    if explain is not None:
+        print(f"maps: {explain} ({table['map'].notna().sum()})")
     return all(one.observed is not None for one in outcomes)
 
 
@@ -109,7 +119,7 @@ def predict_scan(predictor: Predictor, scan: NewScan, any_repetition_time: bool)
 
 
 def see(predictor: Predictor, source: Source) -> tuple[Observed, int]:
-    """Prepare one run in a temporary folder, and see its evenly spaced windows.
+    """See the evenly spaced windows of one run.
 
     The number is that of the volumes that are left after denoising, in whole time patches.
 
@@ -118,23 +128,7 @@ def see(predictor: Predictor, source: Source) -> tuple[Observed, int]:
     InputError
         When the run cannot be used, or what the model gives of it is not finite.
     """
-    tokens, volumes = predictor.tokens, predictor.volumes
-    with tempfile.TemporaryDirectory(prefix="neuromamba-predict-") as folder:
-        layout = Layout(Path(folder), "scan")
-        stores = [layout.array(stage, source.run) for stage in ("volumes", "tokens")]
-        try:
-            make_volumes(source, stores[0], volumes, tokens.time_patch)
-            facts = make_tokens(stores[0], stores[1], tokens, volumes.shard_volumes)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise InputError(
-                f"{folder}: the disk is full; free some space, or set TMPDIR to another folder"
-            ) from error
-        n_volumes = facts["n_time_patches"] * tokens.time_patch
-        refuse_short(predictor, n_volumes, f"{source.bold}, after denoising,")
-        readers = make_readers(predictor.network, layout, predictor.model, tokens)
-        windows = Windows({source.subject: [source.run]}, readers)
+    with scan_windows(predictor, source) as (windows, n_volumes):
         of_run = windows.spaced(predictor.finetune.evaluation_windows)
         size = predictor.finetune.batch_size
         observed = observe_run(predictor.network, windows, of_run, size, predictor.grid)

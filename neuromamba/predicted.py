@@ -11,7 +11,7 @@ Columns of the table
 
 `distance` (in SD, see `novelty`), `percentile` (of it, among people like those of the training),
 `warning`, and `reason`, why there is no prediction; several are joined by ` | `. What is not known
-is `n/a`.
+is `n/a`. Where maps are asked for, `map` is the file of that of the row, in their folder.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def tabulate(
 ) -> pd.DataFrame:
     """The table of predictions, a row for each run, or for each subject of each folder."""
     rows = []
-    for group in _groups(outcomes, level):
+    for group in group_outcomes(outcomes, level):
         scan, seen = group[0].scan, [one for one in group if one.observed is not None]
         row: dict[str, Any] = {"scan": scan.given, "subject": scan.subject}
         row["run" if level == "run" else "runs"] = scan.run if level == "run" else len(seen)
@@ -70,7 +70,7 @@ def tabulate(
     return pd.DataFrame(rows, columns=_columns(predictor, level))
 
 
-def _groups(outcomes: Sequence[Outcome], level: Level) -> Iterator[list[Outcome]]:
+def group_outcomes(outcomes: Sequence[Outcome], level: Level) -> Iterator[list[Outcome]]:
     """The outcomes of each row; those of nobody known stand alone."""
     if level == "run":
         yield from ([one] for one in outcomes)

@@ -19,7 +19,7 @@ from neuromamba.calibration_file import Arrays, Calibration, load_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Compute, Config, Finetune, Model, Tokens, Volumes, load_config
 from neuromamba.files import InputError
-from neuromamba.heads import ClassHead, HeadedModel, NumberHead
+from neuromamba.heads import HeadedModel, NumberHead, make_unscaled
 from neuromamba.models import build_model
 from neuromamba.novelty import Cloud
 from neuromamba.observe import Grid, patch_grid
@@ -110,7 +110,7 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
     else:
         volumes, space = calibration.volumes, calibration.space
     return Predictor(
-        network=_load(folder, model, tokens, classes, device),
+        network=_load(folder, model, finetune, tokens, classes, device),
         model=model,
         finetune=finetune,
         tokens=tokens,
@@ -146,15 +146,18 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _load(
-    folder: Path, model: Model, tokens: Tokens, classes: list[str], device: str
+    folder: Path,
+    model: Model,
+    finetune: Finetune,
+    tokens: Tokens,
+    classes: list[str],
+    device: str,
 ) -> HeadedModel:
-    # What the heads were scaled by comes with the weights.
-    task = ClassHead([1.0] * len(classes)) if classes else NumberHead(0.0, 1.0)
     compute = Compute.model_validate({"device": device})
     # The weights drawn here are replaced: nobody else's random numbers are to change for them.
     with torch.random.fork_rng(devices=[]):
         backbone = build_model(model, tokens.patch**3 * tokens.time_patch, compute)
-        network = HeadedModel(backbone, task, 0.0, frozen=True)
+        network = make_unscaled(backbone, classes, finetune.mode)
     load_weights(network, folder)
     return network.to(choose_device(device)).eval()
 

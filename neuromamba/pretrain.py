@@ -5,31 +5,27 @@ The subjects of the validation part choose the weights; those of the test part a
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
-from neuromamba.checkpoint import CHECKPOINTS, finished, load_model_info, load_weights, save_model
+from neuromamba.batches import Windows, group_runs, list_runs, make_readers
+from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Config, Optimiser
-from neuromamba.distributed import join
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
-from neuromamba.owned import OwnedFolder, own
 from neuromamba.participants import read_participants
-from neuromamba.prefetch import prefetch
 from neuromamba.record import OnChange, ancestry
-from neuromamba.runtime import choose_device, telling_full_disk
+from neuromamba.shares import nested_share
 from neuromamba.source_code import code_of
-from neuromamba.splits import nested_share, read_split
-from neuromamba.train import Fitted, fit
+from neuromamba.splits import read_split
+from neuromamba.stage_settings import relevant_settings
+from neuromamba.trained import already_there, train_and_save
 
 PARTS = ("train", "validation")
 
@@ -95,7 +91,7 @@ def list_training(
     """The subjects of each part, and their runs, of a dataset or of all members of a mixture.
 
     The names of a mixture are qualified: `dataset/sub-01`. With `fraction`, the training part is
-    that share of each dataset's (see `splits.nested_share`).
+    that share of each dataset's (see `shares.nested_share`).
     """
     subjects: dict[str, list[str]] = {part: [] for part in PARTS}
     tables = []
@@ -129,11 +125,7 @@ def make_settings(config: Config, model: str, settings: Optimiser, seed: int) ->
         "model": config.models[model].model_dump(
             mode="json", exclude={"base", "pretrain", "finetune"}
         ),
-        # Weights to start from are an input, and the same wherever they lie; how many checkpoints
-        # there are changes nothing.
-        type(settings).__name__.lower(): settings.model_dump(
-            mode="json", exclude={"init_from", "keep_checkpoints"}
-        ),
+        type(settings).__name__.lower(): relevant_settings(settings),
         "tokens": config.tokens.model_dump(mode="json"),
         "seed": seed,
     }
@@ -162,15 +154,6 @@ def make_record(
         },
         "code": code_of(stage, f"models.{config.models[model].family}"),
     }
-
-
-def already_there(folder: Path, record: Mapping[str, Any], on_change: OnChange) -> bool:
-    """Whether the finished model is there, telling the user so."""
-    world = join()
-    done = bool(world.from_lead(lambda: finished(folder, record, on_change)))
-    if done and world.leads:
-        tqdm.write(f"{folder / 'model.json'} is up to date", file=sys.stderr)
-    return done
 
 
 def open_windows(
@@ -202,75 +185,3 @@ def open_windows(
         of_subject, most = group_runs(of_part), config.compute.max_excluded
         windows[part] = Windows(of_subject, readers, most, weights)
     return windows
-
-
-def train_and_save(
-    network: nn.Module,
-    settings: Optimiser,
-    windows: Mapping[str, Windows],
-    folder: Path,
-    record: Mapping[str, Any],
-    config: Config,
-    on_change: OnChange,
-    complete: Callable[[Batch], Batch] = lambda batch: batch,
-    facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Run the loop to its end, write the finished model, and remove the checkpoints.
-
-    Under torchrun all processes call this, and the one of rank 0 writes.
-
-    Parameters
-    ----------
-    network
-        The module to train, which has `loss`.
-    windows
-        Of the parts `train` and `validation`.
-    complete
-        Adds to a batch what its windows do not hold, such as labels.
-    facts
-        More entries for `model.json`.
-    """
-    seed, world = int(record["seed"]), join()
-    train, validation = windows["train"], windows["validation"]
-    spaced = validation.spaced(settings.validation_windows)[world.rank :: world.size]
-    share = world.share(settings.batch_size)
-    info = {
-        **record,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "processes": world.size,
-        "subjects": {part: of_part.subjects for part, of_part in windows.items()},
-        "left_out": {run: why for part in windows.values() for run, why in part.left_out.items()},
-        **(facts or {}),
-    }
-    with own(folder, world.leads) as owned:
-        # Again, for what had the folder until now may just have ended.
-        if already_there(folder, record, on_change):
-            return
-        fitted = fit(
-            network,
-            settings,
-            lambda first, size: complete(train.training_batch(seed, first, size)),
-            lambda: prefetch(map(complete, validation.batches(spaced, share))),
-            owned,
-            info,
-            seed=seed,
-            device=choose_device(config.compute.device),
-            world=world,
-            on_change=on_change,
-        )
-        if world.leads:
-            finish(owned, fitted, info | {"step": settings.steps})
-    world.wait()
-
-
-def finish(folder: OwnedFolder, fitted: Fitted, info: Mapping[str, Any]) -> None:
-    """Write the finished model, remove the checkpoints, and tell what went wrong on the way."""
-    best = {"step": fitted.step, **fitted.validation}
-    facts = {**info, "best": best, "events": fitted.events}
-    with telling_full_disk(folder.path):
-        save_model(folder.path, fitted.weights, facts, fitted.last, folder.writing)
-    folder.remove(folder.path / CHECKPOINTS)
-    if any(fitted.events.values()):
-        counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in fitted.events.items())
-        where = f"see the rows `event` of {folder.path / 'metrics.jsonl'}"
-        tqdm.write(f"training finished with {counts}; {where}", file=sys.stderr)

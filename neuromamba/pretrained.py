@@ -40,7 +40,7 @@ from neuromamba.finetune import refuse_other_settings
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
 from neuromamba.pretrain import make_network, make_settings
-from neuromamba.stages import target_settings
+from neuromamba.stage_settings import target_settings
 from neuromamba.token_store import TokenStore
 
 SHARED_GRID = {"shape", "voxel_size", "denoise"}

@@ -17,6 +17,17 @@ from neuromamba.layout import Layout
 from neuromamba.stages import BATCHED, BY_BATCH, Job, output_of
 
 Record = dict[str, Any]
+WHOLE_FOLDERS = (
+    "pretrain",
+    "cell",
+    "finetune",
+    "baselines",
+    "evaluate",
+    "forecast",
+    "identify",
+    "explain",
+)
+"""Stages whose jobs have a folder of their own, with more files than one."""
 
 
 def record_path(output: Path) -> Path:
@@ -55,7 +66,7 @@ def write_record(config: Config, job: Job, record: Record) -> None:
 
 def _files_of(job: Job, output: Path) -> list[str]:
     """Names of the files that a job has written in one folder, all of which have to be there."""
-    if job.stage not in ("pretrain", "cell", "finetune", "evaluate", "forecast"):
+    if job.stage not in WHOLE_FOLDERS:
         return []
     optional = {record_path(output).name, "last.safetensors"}
     files = (path for path in output.parent.iterdir() if path.is_file())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,13 @@ TRY_AGAIN = os.EX_TEMPFAIL
 """Exit status (75) of a training that was told to stop: the same command goes on with it."""
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 """What a cluster sends before it takes the node away, by itself or on request."""
+
+
+def describe_device(device: torch.device) -> str:
+    """What a training ran on, for the reader of its results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def choose_device(name: str) -> torch.device:

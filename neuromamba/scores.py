@@ -18,7 +18,7 @@ from neuromamba.tables import read_table, write_table
 
 
 def run_scores(config: Config, dataset: str, model: str, seed: int) -> None:
-    """Write `metrics.json`, and `loss/{training}.tsv` for each training.
+    """Write `metrics.json`, and `loss/{training}.tsv` for each training (of each fold).
 
     The JSON is `{"target T": {predictor: {metric: value, metric_low: ..., metric_high: ...}}}`,
     with the bounds of the interval over subjects, and under `data` the numbers of runs. The tables
@@ -26,12 +26,19 @@ def run_scores(config: Config, dataset: str, model: str, seed: int) -> None:
     """
     layout = Layout.of(config, dataset)
     source, pretrained = config.pretraining_of(dataset, model)
-    trainings = {"pretrain": Layout.of(config, source).pretrain(pretrained, seed)}
+    targets = config.datasets[dataset].targets
+    trainings = {}
+    for fold in config.splits.names:
+        of_fold, end = config.in_fold(fold), f"-{fold}" if fold else ""
+        folder = Layout.of(of_fold, source).pretrain(pretrained, seed)
+        trainings[f"pretrain{end}"] = folder
+        for target in targets:
+            folder = Layout.of(of_fold, dataset).finetune(model, seed, target)
+            trainings[f"finetune-{target}{end}"] = folder
     runs, excluded = read_table(layout.index), read_table(layout.excluded)
     counts = {"runs": len(runs), "runs_left_out": excluded["run"].nunique()}
     metrics: dict[str, Any] = {"data": counts}
-    for target in config.datasets[dataset].targets:
-        trainings[f"finetune-{target}"] = layout.finetune(model, seed, target)
+    for target in targets:
         table = read_table(layout.evaluate(model, seed, target) / "metrics.tsv")
         metrics[f"target {target}"] = nest_metrics(table)
     folder = layout.scores(model, seed)

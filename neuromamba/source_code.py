@@ -39,6 +39,7 @@ NEUTRAL = frozenset(
         "runtime",
         "source_code",
         "stage",
+        "stage_settings",
         "stages",
         "tables",
         "throughput",

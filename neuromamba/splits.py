@@ -1,4 +1,4 @@
-"""Which subjects train, select and test: one stratified holdout per dataset, by subject.
+"""Which subjects train, select and test: a stratified holdout or folds, always by subject.
 
 Design choices
 --------------
@@ -10,13 +10,15 @@ Design choices
   regression target when it has no classification, within each site.
 - A subject without any label can still be pretrained on, so it goes to training. Only where fewer
   than `MIN_SUBJECTS` subjects have a label are the others tested on too.
+- With k folds each labelled subject is tested once in every repeat, drawn in the same way. With
+  leave-site-out whole sites are tested together, in as many groups of about equal size as there are
+  folds. Who is left then selects and trains, as in a holdout.
 - The parts are a function of the subjects, labels, sites and settings, not of the file system.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +30,14 @@ from neuromamba.layout import Layout
 from neuromamba.participants import read_participants
 from neuromamba.qc_rules import left_out
 from neuromamba.stage import read_manifest
-from neuromamba.stages import stratified_by
+from neuromamba.stage_settings import stratified_by
 from neuromamba.tables import read_table, write_table
 
 PARTS = ("train", "validation", "test")
 MIN_SUBJECTS = len(PARTS)
 BINS = 5
-_SHARE = 1
-"""The stream of random numbers under the split's seed that orders the training subjects."""
+_FOLDS = 2
+"""The stream of random numbers under the split's seed that orders the subjects of the folds."""
 
 
 def read_split(path: Path | str) -> dict[str, list[str]]:
@@ -94,77 +96,106 @@ def split_subjects(
     InputError
         When there are fewer than `MIN_SUBJECTS` subjects.
     """
+    rng = np.random.default_rng(splits.seed)
+    ordered = _in_strata(subjects, participants, dataset, rng)
+    n_test = min(max(1, round(splits.test * len(ordered))), len(ordered) - 2)
+    test = _every_kth(ordered, n_test, rng.random())
+    return _parts(subjects, ordered, test, splits, rng)
+
+
+def fold_subjects(
+    subjects: list[str], participants: pd.DataFrame, dataset: Dataset, splits: Splits
+) -> dict[str, pd.DataFrame]:
+    """The folds of a cross-validation: of each, by its name, what `split_subjects` returns.
+
+    Parameters
+    ----------
+    subjects, participants, dataset, splits
+        As in `split_subjects`.
+
+    Raises
+    ------
+    InputError
+        When there are too few subjects or sites for the folds, or subjects without a site.
+    """
+    folds = splits.folds
+    found = []
+    for repeat in range(splits.repeats):
+        rng = np.random.default_rng([splits.seed, _FOLDS, repeat])
+        ordered = _in_strata(subjects, participants, dataset, rng)
+        if len(ordered) < max(folds, MIN_SUBJECTS):
+            raise InputError(
+                f"{len(ordered)} subject(s) with usable runs and labels cannot be tested in "
+                f"{folds} folds; lower splits.folds"
+            )
+        if splits.protocol == "leave-site-out":
+            number = _site_folds(ordered, participants, folds)
+        else:
+            number = pd.Series(np.arange(len(ordered)) % folds, index=ordered)
+        tests = [number.index[number == k] for k in range(folds)]
+        found += [_parts(subjects, ordered, test, splits, rng) for test in tests]
+    return dict(zip(splits.names, found, strict=True))
+
+
+def _in_strata(
+    subjects: list[str], participants: pd.DataFrame, dataset: Dataset, rng: np.random.Generator
+) -> pd.Index:
+    """The subjects that can be tested, by stratum, at random within each."""
     if len(subjects) < MIN_SUBJECTS:
         raise InputError(
             f"{len(subjects)} subject(s) with usable runs: training, validation and testing need "
             f"at least {MIN_SUBJECTS}; add subjects or see excluded.tsv for what was left out"
         )
     facts = participants.reindex(sorted(subjects))
-    rng = np.random.default_rng(splits.seed)
     facts = facts.iloc[rng.permutation(len(facts))]
     targets = list(dataset.targets)
     labelled = facts[facts[targets].notna().any(axis=1)] if targets else facts
     if len(labelled) < MIN_SUBJECTS:
         labelled = facts
-    ordered = labelled.index[np.argsort(_strata(labelled, dataset), kind="stable")]
-    total = len(ordered)
-    n_test = min(max(1, round(splits.test * total)), total - 2)
-    n_validation = min(max(1, round(splits.validation * total)), total - n_test - 1)
-    test = _every_kth(ordered, n_test, rng.random())
+    return labelled.index[np.argsort(strata_of(labelled, dataset), kind="stable")]
+
+
+def _site_folds(ordered: pd.Index, participants: pd.DataFrame, folds: int) -> pd.Series:
+    """The number of each subject's fold, whole sites together."""
+    sites = participants["site"].reindex(ordered)
+    if unknown := list(ordered[sites.isna()]):
+        raise InputError(
+            f"leave-site-out: no site is known of {', '.join(sorted(unknown)[:5])} ({len(unknown)} "
+            "subjects); complete the column that participants.site_column names, or exclude them"
+        )
+    names = sites.astype(str)
+    if names.nunique() < folds:
+        raise InputError(
+            f"leave-site-out: {names.nunique()} site(s) ({', '.join(sorted(set(names))[:10])}) "
+            f"cannot make {folds} folds; set splits.folds to the number of sites or lower"
+        )
+    # Slow to load, and the workflow reads splits at every start.
+    from sklearn.model_selection import GroupKFold
+
+    by_name = names.sort_index()
+    number = pd.Series(0, index=by_name.index)
+    for k, (_, test) in enumerate(GroupKFold(folds).split(by_name, groups=by_name)):
+        number.iloc[test] = k
+    return number.reindex(ordered)
+
+
+def _parts(
+    subjects: list[str],
+    ordered: pd.Index,
+    test: pd.Index,
+    splits: Splits,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
+    """Who is left trains, a share of those in strata selects."""
     rest = ordered.difference(test, sort=False)
+    n_validation = min(max(1, round(splits.validation * len(ordered))), len(rest) - 1)
     validation = _every_kth(rest, n_validation, rng.random())
     part = pd.Series("train", index=sorted(subjects))
     part[test], part[validation] = "test", "validation"
     return part.rename_axis("subject").rename("part").reset_index()
 
 
-def nested_share(
-    subjects: list[str],
-    participants: pd.DataFrame,
-    dataset: Dataset,
-    fraction: float,
-    seed: int,
-) -> list[str]:
-    """The first `ceil(fraction * n)` of `n` subjects, in an order that is always the same.
-
-    A smaller share is part of every larger one. Each stratum is spread evenly over the order, from
-    a random start on, so that any share has about as many of each stratum as its due.
-
-    Parameters
-    ----------
-    subjects
-        Those to choose from.
-    participants, dataset
-        As in `split_subjects`.
-    fraction
-        Above 0, at most 1.
-    seed
-        Of the order; with the subjects and their labels, all that it depends on.
-
-    Returns
-    -------
-    list of str
-        Sorted.
-
-    Raises
-    ------
-    InputError
-        When the fraction is out of range.
-    """
-    if not 0 < fraction <= 1:
-        raise InputError(f"--fraction {fraction:g} must be above 0 and at most 1")
-    facts = participants.reindex(sorted(subjects))
-    rng = np.random.default_rng([seed, _SHARE])
-    facts = facts.iloc[rng.permutation(len(facts))]
-    strata = _strata(facts, dataset)
-    start = {stratum: rng.random() for stratum in sorted(set(strata))}
-    members = strata.groupby(strata)
-    place = (members.cumcount() + strata.map(start)) / members.transform("size")
-    count = math.ceil(round(fraction * len(facts), 9))  # 0.07 * 100 is a little more than 7
-    return sorted(facts.index[np.argsort(place, kind="stable")[:count]])
-
-
-def _strata(facts: pd.DataFrame, dataset: Dataset) -> pd.Series:
+def strata_of(facts: pd.DataFrame, dataset: Dataset) -> pd.Series:
     """A text for each subject that is equal within a stratum; missing values are their own."""
     name = stratified_by(dataset)
     label = facts[name] if name else pd.Series(pd.NA, index=facts.index)
@@ -190,7 +221,9 @@ def usable_subjects(
 
 
 def run_splits(config: Config, dataset: str) -> None:
-    """Write `splits/holdout.tsv`.
+    """Write `splits/holdout.tsv`; or that of each fold, and last `splits/folds.tsv`.
+
+    `folds.tsv` tells for each subject in which fold of each repeat it is tested.
 
     Raises
     ------
@@ -202,5 +235,26 @@ def run_splits(config: Config, dataset: str) -> None:
     index = read_table(layout.index, dtype={"run": str, "subject": str, "reason": str})
     bad = left_out(config, dataset)
     subjects = usable_subjects(index, layout, config.compute.batches, bad)
-    participants = read_participants(settings)
-    write_table(layout.split, split_subjects(subjects, participants, settings, config.splits))
+    how = (subjects, read_participants(settings), settings, config.splits)
+    if config.splits.protocol == "holdout":
+        write_table(layout.split, split_subjects(*how))
+        return
+    folds = fold_subjects(*how)
+    for name, table in folds.items():
+        write_table(Layout.of(config.in_fold(name), dataset).split, table)
+    write_table(layout.folds, folds_of(folds, config.splits))
+
+
+def folds_of(folds: Mapping[str, pd.DataFrame], splits: Splits) -> pd.DataFrame:
+    """The name of the fold in which each subject is tested: `subject`, `repeat-0`, ..."""
+    names = list(folds)
+    table = folds[names[0]][["subject"]]
+    for repeat in range(splits.repeats):
+        of_repeat = names[repeat * splits.folds : (repeat + 1) * splits.folds]
+        tested = {
+            subject: name
+            for name in of_repeat
+            for subject in folds[name].loc[folds[name]["part"] == "test", "subject"]
+        }
+        table = table.assign(**{f"repeat-{repeat}": table["subject"].map(tested)})
+    return table

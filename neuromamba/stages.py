@@ -7,12 +7,12 @@ one table.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-from neuromamba.config import Classification, Config, Dataset, Model
+from neuromamba.config import Config, Model
 from neuromamba.layout import Layout
-from neuromamba.qc_rules import has_rules, rules_of
+from neuromamba.qc_rules import has_rules
 from neuromamba.raw_listing import raw_subjects
 
 BATCHED = ("volumes", "tokens", "rois")
@@ -25,16 +25,23 @@ STAGES = (
     "excluded",
     "overview",
     "splits",
+    "baselines",
     "pretrain",
     "finetune",
     "evaluate",
     "scores",
     "report",
     "forecast",
+    "identify",
+    "explain",
     "cell",
     "scaling",
 )
 """`cell` is one pretraining of the scaling study."""
+
+
+_MODULES = {"index": "bids", "cell": "pretrain", "baselines": "baseline_predictions"}
+"""Modules that are not named as their stage."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +115,54 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
         case "finetune":
             first = [Job("splits", job.dataset), _pretrain(config, job)]
             return first + _checked(config, members)
+        case "baselines":
+            # Whoever has no tokens is not tested either.
+            made = [*_batches(config, members, "tokens"), *_batches(config, members, "rois")]
+            return [Job("splits", job.dataset), *made, *_checked(config, members)]
+        case "evaluate" if is_pooled(config, job):
+            folds = [replace(job, fold=name) for name in config.splits.names]
+            return [Job("splits", job.dataset), *folds]
         case "evaluate":
-            tuned = replace(job, stage="finetune")
-            rois = _batches(config, members, "rois")
-            return [Job("splits", job.dataset), tuned, *rois, *_checked(config, members)]
+            references = Job("baselines", job.dataset, target=job.target, fold=job.fold)
+            trained = [replace(job, stage="finetune"), references]
+            return [Job("splits", job.dataset), *trained, *_checked(config, members)]
+        case "explain":
+            # A map is compared with those of the other seeds.
+            tuned = [replace(job, stage="finetune", seed=seed) for seed in config.seeds]
+            return [Job("splits", job.dataset), *tuned]
         case "scores":
             targets = config.datasets[job.dataset].targets
             evaluated = [replace(job, stage="evaluate", target=target) for target in targets]
-            return [Job("excluded", job.dataset), _pretrain(config, job), *evaluated]
-        case "forecast":
+            folds = [replace(job, fold=name) for name in config.splits.names]
+            trained = [_pretrain(config, fold) for fold in folds]
+            return [Job("excluded", job.dataset), *trained, *evaluated]
+        case "forecast" | "identify":
             first = [Job("splits", job.dataset), _pretrain(config, job)]
-            return [*first, *_batches(config, members, "tokens"), *_checked(config, members)]
+            made = _batches(config, members, "tokens")
+            made += _batches(config, members, "rois") if job.stage == "identify" else []
+            return [*first, *made, *_checked(config, members)]
         case "scaling":
             return _cells(config, job.dataset)
         case "report":
-            return _scored(config)
+            return [*_scored(config), *(Job("overview", name) for name in config.datasets)]
     raise ValueError(f"{job.stage!r} is no stage")
+
+
+def extra_jobs(config: Config) -> list[Job]:
+    """What the report shows where it has been made, though it asks for none of it."""
+    jobs = []
+    for name, model, seed in product(config.datasets, config.models, config.seeds):
+        for fold in config.splits.names:
+            job = Job("forecast", name, model=model, seed=seed, fold=fold)
+            jobs += [job, replace(job, stage="identify")]
+            targets = config.datasets[name].targets
+            jobs += [replace(job, stage="explain", target=target) for target in targets]
+    return jobs + [Job("scaling", name) for name in (*config.datasets, *config.mixtures)]
+
+
+def is_pooled(config: Config, job: Job) -> bool:
+    """Whether an evaluation puts those of all folds together."""
+    return job.stage == "evaluate" and config.splits.protocol != "holdout" and not job.fold
 
 
 def _batches(config: Config, datasets: list[str], stage: str) -> list[Job]:
@@ -162,7 +201,7 @@ def _scored(config: Config) -> list[Job]:
 
 def output_of(config: Config, job: Job) -> Path:
     """The file that a job writes last."""
-    layout = Layout.of(config, job.dataset)
+    layout = Layout.of(config.in_fold(job.fold), job.dataset)
     match job.stage:
         case "preprocess":
             return layout.preprocess(job.subject)
@@ -174,7 +213,7 @@ def output_of(config: Config, job: Job) -> Path:
             assert job.batch is not None
             return layout.manifest(job.stage, job.batch)
         case "splits":
-            return layout.split
+            return layout.split if config.splits.protocol == "holdout" else layout.folds
         case "excluded":
             return layout.excluded
         case "pretrain":
@@ -183,12 +222,18 @@ def output_of(config: Config, job: Job) -> Path:
             return layout.cell(job.model, job.fraction, job.seed) / "model.json"
         case "finetune":
             return layout.finetune(job.model, job.seed, job.target) / "model.json"
+        case "baselines":
+            return layout.baselines(job.target) / "notes.json"
         case "evaluate":
             return layout.evaluate(job.model, job.seed, job.target) / "metrics.tsv"
         case "scores":
             return layout.scores(job.model, job.seed) / "metrics.json"
         case "forecast":
             return layout.forecast(job.model, job.seed) / "forecast.json"
+        case "identify":
+            return layout.identify(job.model, job.seed) / "identify.json"
+        case "explain":
+            return layout.explain(job.model, job.seed, job.target) / "explain.json"
         case "scaling":
             return layout.scaling / "fit.json"
         case "report":
@@ -201,7 +246,9 @@ def modules_of(config: Config, job: Job) -> tuple[str, ...]:
     if job.stage == "preprocess":
         # What fMRIPrep made stays, however our code that calls it changes.
         return ("ants_engine",) if config.preprocess.engine == "ants" else ()
-    first = {"index": "bids", "cell": "pretrain"}.get(job.stage, job.stage)
+    first = _MODULES.get(job.stage, job.stage)
+    if is_pooled(config, job):
+        return ("pool",)
     if not job.model or job.stage == "scores":
         return (first,)
     return (first, f"models.{model_of(config, job).family}")
@@ -211,90 +258,3 @@ def model_of(config: Config, job: Job) -> Model:
     """The settings of a job's model; those of the scaling study may be models of its own."""
     models = config.study().models if job.stage == "cell" else config.models
     return models[job.model]
-
-
-def settings_of(config: Config, job: Job) -> dict[str, Any]:
-    """The settings that a job's result depends on beside those of the jobs before it, JSON-able."""
-    if job.stage in ("pretrain", "cell", "finetune", "forecast", "evaluate"):
-        return _settings_of_training(config, job)
-    dataset = config.datasets.get(job.dataset)
-    match job.stage:
-        case "preprocess":
-            assert dataset is not None
-            return {"space": dataset.space, **_settings_of_engine(config)}
-        case "index":
-            assert dataset is not None
-            keys = {"space", "repetition_time"}
-            return {"dataset": dataset.model_dump(mode="json", include=keys)}
-        case "volumes":
-            assert dataset is not None
-            own = {"space": dataset.space, "time_patch": config.tokens.time_patch}
-            return {"volumes": config.volumes.model_dump(mode="json"), **own}
-        case "anat":
-            assert dataset is not None
-            grid = config.volumes.model_dump(mode="json", include={"shape", "voxel_size"})
-            return {"grid": grid, "space": dataset.space, "resolution": dataset.resolution}
-        case "qc":
-            return {"qc": config.qc.model_dump(mode="json", include={"fd_threshold", "pages"})}
-        case "excluded":
-            rules = rules_of(config.qc)
-            return {"rules": rules} if rules else {}
-        case "overview":
-            return {"outlier": config.qc.outlier}
-        case "tokens" | "rois":
-            return {job.stage: getattr(config, job.stage).model_dump(mode="json")}
-        case "splits":
-            assert dataset is not None
-            participants, target = dataset.participants, stratified_by(dataset)
-            return {
-                "splits": config.splits.model_dump(mode="json"),
-                "site_column": participants and participants.site_column,
-                "stratified_by": target and {target: target_settings(dataset, target)},
-            }
-        case "scaling":
-            return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
-    return {}
-
-
-def _settings_of_engine(config: Config) -> dict[str, Any]:
-    engine = config.preprocess.engine
-    section = {"docker": "fmriprep", "apptainer": "fmriprep"}.get(engine, engine)
-    settings = config.preprocess.model_dump(mode="json")
-    return {"engine": engine, section: settings.get(section)}
-
-
-def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
-    model, evaluate = model_of(config, job), config.evaluate.model_dump(mode="json")
-    match job.stage:
-        case "pretrain" | "cell":
-            # Weights to start from are an input; how many checkpoints there are changes nothing.
-            dumped = model.model_dump(mode="json", exclude={"base", "finetune"})
-            for key in ("init_from", "keep_checkpoints"):
-                dumped["pretrain"].pop(key)
-            own: dict[str, Any] = {"model": dumped, "members": config.members(job.dataset)}
-            cell = {"fraction": job.fraction, "steps": config.scaling.steps}
-            return own | {"seed": job.seed} | (cell if job.stage == "cell" else {})
-        case "finetune":
-            dumped = model.finetune.model_dump(mode="json", exclude={"keep_checkpoints"})
-            target = target_settings(config.datasets[job.dataset], job.target)
-            return {"finetune": dumped, "target": target, "seed": job.seed}
-        case "forecast":
-            kept = ("bootstrap", "confidence", "allow_seen_subjects")
-            own = {"forecast": config.forecast.model_dump(mode="json")}
-            return own | {"evaluate": {key: evaluate[key] for key in kept}}
-    return {"evaluate": evaluate}
-
-
-def stratified_by(dataset: Dataset) -> str | None:
-    """The target that a split is stratified by: the first classification, or else the first."""
-    classes = [n for n, target in dataset.targets.items() if isinstance(target, Classification)]
-    return next(iter([*classes, *dataset.targets]), None)
-
-
-def target_settings(dataset: Dataset, name: str) -> dict[str, Any]:
-    """A target's section, with its classes as a list, because their order has a meaning."""
-    target = dataset.targets[name]
-    settings = target.model_dump(mode="json")
-    if isinstance(target, Classification):
-        settings["classes"] = [list(pair) for pair in target.classes.items()]
-    return settings

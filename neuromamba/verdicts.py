@@ -71,13 +71,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One predictor's metrics, and p of the first of them by what it is compared with."""
+    """One predictor's metrics, and p of the first of them by what it is compared with.
+
+    `is_mean` rows are of the seeds of a model together.
+    """
 
     label: str
     cells: dict[str, Cell]
     n: int
     is_model: bool
     p: dict[str, str]
+    is_mean: bool = False
 
 
 def number(value: float | int | None, digits: int | None = None) -> str:
@@ -187,6 +191,8 @@ def verdict(evaluation: Evaluation, alpha: float = ALPHA) -> str:
 def _difference(row: pd.Series) -> str:
     values = interval(row["difference"], row["low"], row["high"])
     how = ", corrected for the number of comparisons" if "p_holm" in row else ""
+    if np.isfinite(over_folds := float(row.get("p_resampled", np.nan))):
+        how += f", and by the corrected t-test over folds p {p_value(over_folds)}"
     return f"difference in {METRICS[str(row['metric'])].label} {values}, p {p_value(_p(row))}{how}"
 
 
@@ -208,9 +214,11 @@ def _against_guessing(evaluation: Evaluation, alpha: float) -> str:
     row = _versus(evaluation, constant).iloc[0]
     what = "chance" if constant == "majority" else "always naming the training mean"
     own = evaluation.metrics[evaluation.metrics["predictor"] == evaluation.model].iloc[0]
-    # Chance has a test of its own, by shuffled labels; the mean is a predictor like another.
-    chance = constant == "majority" and _p(own) <= alpha
-    if chance or (constant == "mean" and row["better"] == evaluation.model):
+    # Chance has a test of its own, by shuffled labels; the mean is a predictor like another. So is
+    # the majority over folds, whose models share subjects: shuffling labels then claims too much.
+    folds = "folds" in evaluation.notes
+    chance = constant == "majority" and _p(own) <= alpha and not folds
+    if chance or ((folds or constant == "mean") and row["better"] == evaluation.model):
         return f"It is better than {what}."
     if row["better"] == constant:
         return f"It is worse than {what}."

@@ -137,7 +137,7 @@ def regression_metrics(true: Floats, predicted: Floats) -> Metrics:
 def _centred(values: Floats, weight: Floats) -> Floats:
     """Values minus their weighted mean, exactly 0 where they are constant; (resample, subject)."""
     values = values - values[0]
-    centred = values - (weight @ values / weight.sum(axis=1))[:, None]
+    centred = values - _divide(weight @ values, weight.sum(axis=1))[:, None]
     used = np.where(weight > 0, np.abs(centred), 0).max(axis=1, keepdims=True)
     rounding = 1e-12 * np.abs(values).max(initial=0)
     return np.where(used > rounding, centred, 0.0)

@@ -13,8 +13,10 @@ import torch
 import xarray
 import zarr
 
+from neuromamba.baseline_predictions import run_baselines
 from neuromamba.checkpoint import save_model
 from neuromamba.config import Config
+from neuromamba.evaluate import run_evaluate
 from neuromamba.layout import Layout
 from neuromamba.participants import read_participants
 from neuromamba.rois import run_rois
@@ -154,7 +156,7 @@ def make_model(
     config: Config, parts: Mapping[str, list[str]], stage: str, model: str = "small", seed: int = 0
 ) -> Path:
     """Write the files of a finished training; `stage` is `pretrain` or a target's name."""
-    layout = Layout(Path(config.results), "toy")
+    layout = Layout.of(config, "toy")
     folder = layout.pretrain(model, seed)
     if stage != "pretrain":
         folder = layout.finetune(model, seed, stage)
@@ -198,3 +200,9 @@ def predict_by_age_and_sex(noise: float = 1.0) -> Callable[..., pd.DataFrame]:
         return table.assign(prob_female=1 - share, prob_male=share)
 
     return predict
+
+
+def run_both(config: Config, dataset: str, model: str, seed: int, target: str) -> None:
+    """Predict by the baselines, then evaluate the model beside them."""
+    run_baselines(config, dataset, target)
+    run_evaluate(config, dataset, model, seed, target)

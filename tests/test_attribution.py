@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from fake_models import Reader
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -24,17 +25,27 @@ from neuromamba.attribution_checks import (
     shuffled,
     similarity,
 )
-from neuromamba.attribution_maps import GroupMap, Regions, SubjectMap, place_tokens, write_map
-from neuromamba.config import Compute, NeuroMamba
+from neuromamba.attribution_maps import MEANING, GroupMap, SubjectMap, Summed, map_name, write_map
+from neuromamba.attribution_maskers import (
+    RegionMasker,
+    TokenMasker,
+    VolumeMasker,
+    choose_masker,
+    place_tokens,
+    sum_over_time,
+)
+from neuromamba.attribution_regions import Regions
+from neuromamba.config import Compute, NeuroMamba, Tokens, Volumes
 from neuromamba.demo_brain import NETWORKS, load_brain
-from neuromamba.explainer import sum_over_time
 from neuromamba.files import InputError
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.models import build_model
 from neuromamba.parcellation import Parcellation
+from neuromamba.resample import target_affine
 from neuromamba.tokens import index_patches
 
 N_TIME, VALUES, PATCHES = 3, 16, 5
+GRID = Volumes(shape=(4, 4, 4), voxel_size=2.0)
 
 
 class Weighted(nn.Module):
@@ -207,12 +218,9 @@ def test_tokens_return_to_their_place():
 def test_time_is_summed_within_and_over_windows():
     windows, voxels = 2, VALUES // 2
     values = normal(windows * PATCHES, N_TIME, VALUES).double()
-    found = sum_over_time(values, {"run": ["one"] * windows}, voxels)
     frames = values.numpy().reshape(windows, PATCHES, N_TIME, 2, voxels)
     expected = sum(frames[w, :, t, f] for w in range(2) for t in range(N_TIME) for f in range(2))
-    np.testing.assert_allclose(found["signed"], expected)
-    assert (found["strength"] >= np.abs(found["signed"])).all()
-    np.testing.assert_allclose(found["strength"].sum(), np.abs(frames).sum())
+    np.testing.assert_allclose(sum_over_time(values, windows, voxels), expected)
 
 
 def subject_maps(count: int, shape: tuple[int, int, int] = (4, 4, 4)) -> list[SubjectMap]:
@@ -238,6 +246,10 @@ def test_group_maps_are_means_with_intervals_over_subjects():
     np.testing.assert_allclose(found["signed_low"], interval.low, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["signed_high"], interval.high, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(group.brain, maps[0].brain)
+    alike = (np.sign(signed) == np.sign(signed.mean(0))).mean(0)
+    np.testing.assert_allclose(found["signed_agreement"], alike)
+    assert alike.min() < 0.6
+    assert alike.max() == 1
 
 
 def test_what_tells_people_apart_sums_to_one():
@@ -269,21 +281,121 @@ def test_maps_are_nifti_in_mni_space(tmp_path: Path):
     affine = np.diag([-2.0, 2.0, 2.0, 1.0])
     affine[:3, 3] = [90, -126, -72]
     values = np.arange(24.0).reshape(2, 3, 4)
-    write_map(tmp_path / "map.nii.gz", {"a": values, "b": -values}, affine, {"space": "MNI"})
+    write_map(tmp_path / "map.nii.gz", {"a": values, "between": -values}, affine, {"space": "MNI"})
     image = nibabel.load(tmp_path / "map.nii.gz")
     assert image.shape == (2, 3, 4, 2)
     assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (4, 4)
     np.testing.assert_allclose(image.affine, affine)
     np.testing.assert_array_equal(image.get_fdata()[..., 1], -values)
     about = json.loads((tmp_path / "map.json").read_text())
-    assert about == {"volumes": ["a", "b"], "space": "MNI"}
+    assert about.pop("meaning") == {"between": MEANING["between"]}
+    assert about == {"volumes": ["a", "between"], "space": "MNI"}
+
+
+def three_regions() -> Parcellation:
+    """Regions on `GRID`: its first plane along x, and two halves of the two planes after it."""
+    index = np.full((4, 4, 4), -1, dtype=np.int32)
+    index[0], index[1:3, :2], index[1:3, 2:] = 0, 1, 2
+    return Parcellation("three", None, ["edge", "left", "right"], index, target_affine(GRID))
+
+
+def test_a_figure_of_patches_shows_their_means_over_the_brain():
+    masker = TokenMasker(GRID, Tokens(patch=2))
+    rng = np.random.default_rng(3)
+    values, brain = rng.standard_normal((4, 4, 4)), rng.random((4, 4, 4)) > 0.3
+    coarse = masker.coarsen(values, brain)
+    patch = (slice(2, 4), slice(0, 2), slice(2, 4))
+    expected = np.where(brain[patch], values[patch][brain[patch]].mean(), 0)
+    np.testing.assert_allclose(coarse[patch], expected)
+    assert 0 < brain[patch].sum() < 8
+    assert coarse.sum() == pytest.approx(values[brain].sum())
+
+
+def test_maps_have_names_of_bids_derivatives():
+    name = map_name("sub-01_task-rest", "MNI152NLin6Asym")
+    assert name == "sub-01_task-rest_space-MNI152NLin6Asym_desc-attribution_statmap.nii.gz"
+
+
+# --- Models that read other things than tokens ----------------------------------------------------
+
+
+def explain_windows(network: HeadedModel, masker, series: torch.Tensor) -> SubjectMap:
+    """The map of windows (window, time, ...) of one run, seen two at a time."""
+    summed = Summed(masker)
+    for part in series.split(2):
+        batch = {masker.need: part, "run": ["sub-1_task-rest"] * len(part)}
+        summed.add(attribute(network, batch, 1, steps=4), batch)
+    return summed.map("sub-1")
+
+
+def test_a_model_of_regions_has_a_table_and_a_painted_map():
+    atlas = three_regions()
+    masker = choose_masker(("rois",), GRID, Tokens(patch=2), atlas)
+    weight = torch.zeros(2, 1, 3)
+    weight[:, 0, 2] = 1.0
+    network = headed(Reader("rois", weight, power=2))
+    series = 5 + normal(3, N_TIME, 3, seed=7)
+    series[..., 0] = 5.0  # a region without a signal
+    one = explain_windows(network, masker, series)
+    assert one.signed.shape == (3,)
+    assert one.brain.tolist() == [False, True, True]
+    assert one.strength[:2].tolist() == [0, 0]
+    assert one.signed.sum() == pytest.approx(np.mean(one.change), rel=1e-3)
+    regions = Regions(atlas, masker)
+    regions.add(one)
+    table = regions.table(one.brain, None, seed=0).set_index("region")
+    assert table["strength"].to_dict() == {"right": one.strength[2], "left": 0}
+    assert table["n_voxels"].tolist() == [16, 16]
+    assert table.loc["right", "share"] == pytest.approx(1)
+    painted = masker.paint(one.signed)
+    np.testing.assert_array_equal(painted[1:3, 2:], one.signed[2])
+    assert np.count_nonzero(painted) == 16
+    with pytest.raises(InputError, match="reads 4 regions, and three has 3"):
+        explain_windows(headed(Reader("rois", normal(2, 1, 4))), masker, normal(2, N_TIME, 4))
+
+
+def test_a_model_of_volumes_has_a_map_of_voxels():
+    masker = choose_masker(("volumes", "fc"), GRID, Tokens(patch=2), None)
+    weight = torch.zeros(2, 1, 4, 4, 4)
+    weight[:, 0, 1, 2, 3] = 1.0
+    series = normal(3, N_TIME, 4, 4, 4, seed=8)
+    series[:, :, 0] = 0.0  # no brain
+    one = explain_windows(headed(Reader("volumes", weight, power=3)), masker, series)
+    assert np.argwhere(one.strength).tolist() == [[1, 2, 3]]
+    assert not one.brain[0].any()
+    assert one.brain[1:].all()
+    assert one.signed.sum() == pytest.approx(np.mean(one.change), rel=1e-3)
+    assert masker.paint(one.signed) is one.signed
+    with pytest.raises(InputError, match=r"volumes of \(5, 4, 4\) voxels"):
+        explain_windows(
+            headed(Reader("volumes", normal(2, 1, 5, 4, 4))), masker, normal(2, N_TIME, 5, 4, 4)
+        )
+
+
+def test_a_series_is_explained_from_its_own_mean():
+    series = normal(2, N_TIME, 3).cumsum(1)
+    batch = {"rois": series, "run": ["one"] * 2}
+    network = headed(Reader("rois", torch.ones(2, N_TIME, 3), power=1))
+    found = attribute(network, batch, 1, steps=1)
+    # A sum over time is that of the mean: nothing is left, and each value has its own difference.
+    torch.testing.assert_close(found.change, torch.zeros(2).double(), rtol=0, atol=1e-4)
+    slope = found.values["rois"] / (series - series.mean(1, keepdim=True))
+    torch.testing.assert_close(slope, slope[:1, :1, :1].expand_as(slope), rtol=1e-3, atol=1e-3)
+
+
+def test_a_map_takes_one_input_with_a_place():
+    for needs in (("fc",), ("anat", "fc"), ("tokens", "rois")):
+        with pytest.raises(InputError, match=f"reads {', '.join(needs)}: a map in space takes"):
+            choose_masker(needs, GRID, Tokens(patch=2), three_regions())
+    with pytest.raises(InputError, match="no atlas is known"):
+        choose_masker(("rois",), GRID, Tokens(patch=2), None)
+    assert isinstance(
+        choose_masker(("rois",), GRID, Tokens(patch=2), three_regions()), RegionMasker
+    )
 
 
 def test_regions_share_the_strength():
-    index = np.full((4, 4, 4), -1, dtype=np.int32)
-    index[0], index[1:3, :2], index[1:3, 2:] = 0, 1, 2
-    atlas = Parcellation("three", None, ["edge", "left", "right"], index, np.eye(4))
-    regions, maps = Regions(atlas, (4, 4, 4), np.eye(4)), subject_maps(5)
+    regions, maps = Regions(three_regions(), VolumeMasker(GRID)), subject_maps(5)
     for one in maps:
         one.strength[1:3, 2:] += 3
         regions.add(one)

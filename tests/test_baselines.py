@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from neuromamba.baseline_notes import describe_baselines
 from neuromamba.baselines import Subjects, no_features, predict_baselines
 from neuromamba.config import Evaluate
 from neuromamba.connectivity import connectivity
@@ -385,6 +387,69 @@ def test_regression_is_noted_and_stands_beside_what_was_not_regressed(stores: St
     assert roc_auc_score(true, predicted["fc-regress"]["prob_odd"]) < 0.8
     for name in ("fc", "confounds"):
         assert predicted[name].equals(plain[name])
+
+
+# --- Sites harmonised ---------------------------------------------------------------------------
+
+
+COMBAT = Evaluate.model_validate({"baselines": ["fc", "fc-combat"], "inner_folds": 3})
+
+
+def test_sites_are_harmonised_for_one_baseline_alone_and_what_they_do_not_tell_is_kept(
+    stores: Stores,
+) -> None:
+    subjects = people(stores)
+    sites = pd.DataFrame({"site": ["here", "here", "there", "there"] * 10}, list(stores))
+    predicted, notes = predict_baselines(COMBAT, subjects, stores, sites, 0)
+    true = subjects.test == "odd"
+    assert roc_auc_score(true, predicted["fc-combat"]["prob_odd"]) == 1
+    assert not predicted["fc-combat"].equals(predicted["fc"])
+    assert notes["fc-combat"]["harmonised"] == {"sites": 2, "train_left": 0, "test_left": 0}
+    assert "harmonised" not in notes["fc"]
+    alone = Evaluate.model_validate({"baselines": ["fc"], "inner_folds": 3})
+    assert predict_baselines(alone, subjects, stores, sites, 0)[0]["fc"].equals(predicted["fc"])
+
+
+def test_what_only_the_site_tells_is_lost_by_harmonising(stores: Stores) -> None:
+    """Odd subjects were scanned elsewhere, and look it."""
+    subjects = people(stores)
+    sites = pd.DataFrame({"site": ["here", "there"] * 20}, list(stores))
+    predicted, _ = predict_baselines(COMBAT, subjects, stores, sites, 0)
+    true = (subjects.test == "odd").astype(float)
+    apart = {name: table["prob_odd"] - true for name, table in predicted.items()}
+    assert apart["fc"].abs().max() < 0.4
+    assert apart["fc-combat"].abs().min() > 0.45
+
+
+def test_the_labels_of_test_subjects_and_other_test_subjects_do_not_reach_combat(
+    stores: Stores,
+) -> None:
+    subjects = people(stores)
+    sites = pd.DataFrame({"site": ["here", "here", "there", "there"] * 10}, list(stores))
+    whole, _ = predict_baselines(COMBAT, subjects, stores, sites, 0)
+    turned = subjects.test.map({"odd": "even", "even": "odd"})[:4]
+    few, _ = predict_baselines(COMBAT, replace(subjects, test=turned), stores, sites, 0)
+    pd.testing.assert_frame_equal(few["fc-combat"], whole["fc-combat"].iloc[:4])
+
+
+def test_subjects_of_new_sites_are_predicted_and_counted(stores: Stores) -> None:
+    subjects = people(stores)
+    site = np.array(["here", "here", "there", "there"] * 10, dtype=object)
+    site[33:37] = "new"
+    site[[3, 38]] = None, np.nan
+    sites = pd.DataFrame({"site": site}, list(stores))
+    predicted, notes = predict_baselines(COMBAT, subjects, stores, sites, 0)
+    assert notes["fc-combat"]["harmonised"] == {"sites": 2, "train_left": 1, "test_left": 5}
+    assert np.isfinite(predicted["fc-combat"]).all(axis=None)
+    told = describe_baselines({"baselines": notes, "n_train": 30}, True)[1]
+    assert told.startswith("FC, sites harmonised: logistic regression on the Fisher z")
+    assert "effects of 2 sites taken out of them by ComBat (not of 1 training and 5 test" in told
+
+
+@pytest.mark.parametrize("table", [{"age": 1.0}, {"site": "here"}])
+def test_a_dataset_of_one_site_is_not_harmonised(stores: Stores, table: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"ComBat needs two sites .*leave fc-combat out"):
+        predict_baselines(COMBAT, people(stores), stores, pd.DataFrame(table, list(stores)), 0)
 
 
 def test_without_confounds_the_confound_model_says_so(stores: Stores) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from repository import Repository, make_repository
 
-from neuromamba.config import load_config
+from neuromamba.config import Splits, load_config
 from neuromamba.source_code import code_of
 from neuromamba.stages import STAGES, Job, modules_of
 
@@ -146,6 +146,7 @@ def test_dvc_watches_the_code_and_nothing_else_of_each_stage(root: Path):
     """`dvc.yaml` lists the modules that `source_code` finds, but for those of earlier stages."""
     text = (root / "dvc.yaml").read_text()
     config = load_config([root / "config" / "config.yaml", root / "config" / "demo.yaml"])
+    folds = config.model_copy(update={"splits": Splits(protocol="k-fold")})
     (name,) = config.models
     listed = {
         name: set(re.findall(r"^ +- (neuromamba\S+)$", part, re.MULTILINE))
@@ -164,7 +165,8 @@ def test_dvc_watches_the_code_and_nothing_else_of_each_stage(root: Path):
             code = {
                 re.sub(r"/models/\w+\.py", "/models", file)
                 for job in jobs
-                for file in code_of(*modules_of(config, job))
+                for one in (config, folds)  # where the folds' predictions are pooled
+                for file in code_of(*modules_of(one, job))
             }
             assert listed[stage] == code - earlier, stage
             earlier |= code

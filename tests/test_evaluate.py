@@ -15,19 +15,16 @@ from fabricate import (
     make_participants,
     make_split,
     predict_by_age_and_sex,
+    run_both,
 )
 from sklearn.metrics import roc_auc_score
 
 from neuromamba import evaluate
+from neuromamba.baseline_predictions import choose_subjects, predict_references
 from neuromamba.config import Config
-from neuromamba.evaluate import (
-    choose_subjects,
-    predict_references,
-    run_evaluate,
-    write_metrics,
-)
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
+from neuromamba.scoring import write_metrics
 from neuromamba.tables import read_table, write_table
 
 N = 40
@@ -56,7 +53,7 @@ def results(config: Config, target: str) -> Path:
 
 
 def test_each_predictor_is_scored_on_the_same_test_subjects(config: Config) -> None:
-    run_evaluate(config, "toy", "small", 0, "sex")
+    run_both(config, "toy", "small", 0, "sex")
     predictions = read_table(results(config, "sex") / "predictions.tsv")
     assert list(predictions["predictor"].unique()) == ["small", "fc", "confounds", "majority"]
     for _, rows in predictions.groupby("predictor"):
@@ -75,7 +72,7 @@ def test_each_predictor_is_scored_on_the_same_test_subjects(config: Config) -> N
 
 
 def test_numbers_are_predicted_too(config: Config) -> None:
-    run_evaluate(config, "toy", "small", 0, "age")
+    run_both(config, "toy", "small", 0, "age")
     predictions = read_table(results(config, "age") / "predictions.tsv")
     assert list(predictions["predictor"].unique()) == ["small", "fc", "confounds", "mean"]
     assert predictions["y_score"].isna().all()
@@ -89,7 +86,7 @@ def test_numbers_are_predicted_too(config: Config) -> None:
 
 
 def test_metrics_come_from_the_predictions_file_alone(config: Config) -> None:
-    run_evaluate(config, "toy", "small", 0, "sex")
+    run_both(config, "toy", "small", 0, "sex")
     folder = results(config, "sex")
     before = {name: (folder / name).read_bytes() for name in ("metrics.tsv", "comparison.tsv")}
     for name in before:
@@ -105,7 +102,7 @@ def test_metrics_come_from_the_predictions_file_alone(config: Config) -> None:
 
 
 def test_notes_tell_how_the_baseline_was_made(config: Config) -> None:
-    run_evaluate(config, "toy", "small", 0, "sex")
+    run_both(config, "toy", "small", 0, "sex")
     notes = read_json(results(config, "sex") / "notes.json")
     assert (notes["n_train"], notes["n_test"], notes["n_unlabelled"]) == (24, 16, 0)
     assert notes["seen_subjects"] == []
@@ -123,7 +120,7 @@ def test_the_baseline_is_the_same_beside_every_seed(config: Config) -> None:
     shutil.copytree(layout.finetune("small", 0, "sex"), layout.finetune("small", 7, "sex"))
     tables = []
     for seed in (0, 7):
-        run_evaluate(config, "toy", "small", seed, "sex")
+        run_both(config, "toy", "small", seed, "sex")
         metrics = read_table(layout.evaluate("small", seed, "sex") / "metrics.tsv")
         tables.append(metrics.set_index("predictor"))
     pd.testing.assert_frame_equal(tables[0].loc[["fc"]], tables[1].loc[["fc"]])
@@ -133,7 +130,7 @@ def test_the_baseline_is_the_same_beside_every_seed(config: Config) -> None:
 def test_every_predictor_has_p_and_calibration_and_the_model_is_compared_with_each(
     config: Config,
 ) -> None:
-    run_evaluate(config, "toy", "small", 0, "sex")
+    run_both(config, "toy", "small", 0, "sex")
     metrics = read_table(results(config, "sex") / "metrics.tsv").set_index(["predictor", "metric"])
     names = ["auroc", "balanced_accuracy", "accuracy", "brier", "ece"]
     assert list(metrics.loc["small"].index) == names
@@ -144,7 +141,17 @@ def test_every_predictor_has_p_and_calibration_and_the_model_is_compared_with_ea
     )
     compared = read_table(results(config, "sex") / "comparison.tsv")
     assert list(compared.columns) == [
-        *["predictor", "versus", "metric", "difference", "low", "high", "p", "better"]
+        *[
+            "predictor",
+            "versus",
+            "metric",
+            "difference",
+            "low",
+            "high",
+            "p",
+            "p_resampled",
+            "better",
+        ]
     ]
     assert list(compared["versus"].unique()) == ["fc", "confounds", "majority"]
     known = compared[compared["metric"] != "ece"]["p"]
@@ -160,7 +167,7 @@ def test_a_subject_that_has_lost_its_runs_is_not_counted_and_stops_nobody(config
     lost = ["sub-003_task-rest", f"{choose_subjects(config, 'toy', 'sex').test.index[0]}_task-rest"]
     manifest.loc[lost, "reason"] = "the atlas does not meet it"
     write_table(path, manifest.reset_index())
-    run_evaluate(config, "toy", "small", 0, "sex")
+    run_both(config, "toy", "small", 0, "sex")
     notes = read_json(results(config, "sex") / "notes.json")
     assert (notes["n_train"], notes["n_test"], notes["n_without_runs"]) == (23, 15, 2)
     predictions = read_table(results(config, "sex") / "predictions.tsv")
@@ -175,7 +182,7 @@ def test_the_baselines_are_those_that_the_config_names(config: Config) -> None:
         "inner_folds": 2,
     }
     chosen = make_config(Path(config.results).parent, evaluate=changes)
-    run_evaluate(chosen, "toy", "small", 0, "age")
+    run_both(chosen, "toy", "small", 0, "age")
     predictions = read_table(results(config, "age") / "predictions.tsv")
     names = ["small", "fc", "fc-regress", "fc-svm", "roi-mean", "mean"]
     assert list(predictions["predictor"].unique()) == names
@@ -220,14 +227,14 @@ def train_on_test_subjects(config: Config, earlier: bool) -> None:
 def test_a_model_is_not_tested_on_whom_it_has_seen(config: Config, earlier: bool) -> None:
     train_on_test_subjects(config, earlier)
     with pytest.raises(InputError, match=r"7 of 16 test subjects.*sub-024, sub-025.*allow_seen"):
-        run_evaluate(config, "toy", "small", 0, "sex")
+        run_both(config, "toy", "small", 0, "sex")
     assert not results(config, "sex").exists()
 
 
 def test_on_request_it_is_and_the_notes_name_them(config: Config) -> None:
     train_on_test_subjects(config, True)
     changed = config.evaluate.model_copy(update={"allow_seen_subjects": True})
-    run_evaluate(config.model_copy(update={"evaluate": changed}), "toy", "small", 0, "sex")
+    run_both(config.model_copy(update={"evaluate": changed}), "toy", "small", 0, "sex")
     notes = read_json(results(config, "sex") / "notes.json")
     assert notes["seen_subjects"] == [f"sub-{i:03}" for i in range(24, 31)]
 
@@ -244,7 +251,7 @@ def test_subjects_without_a_label_are_left_out_and_counted(config: Config) -> No
     sex = ["F", "M"] * 20
     sex[0] = sex[30] = "n/a"
     edit_labels(config, sex=sex)
-    run_evaluate(config, "toy", "small", 0, "sex")
+    run_both(config, "toy", "small", 0, "sex")
     notes = read_json(results(config, "sex") / "notes.json")
     assert (notes["n_train"], notes["n_test"], notes["n_unlabelled"]) == (23, 15, 2)
     predictions = read_table(results(config, "sex") / "predictions.tsv")
@@ -254,12 +261,12 @@ def test_subjects_without_a_label_are_left_out_and_counted(config: Config) -> No
 def test_one_class_in_training_is_refused(config: Config) -> None:
     edit_labels(config, sex=["F"] * 24 + ["F", "M"] * 8)
     with pytest.raises(InputError, match=r"participants\.tsv: column 'sex'.*'female'.*24"):
-        run_evaluate(config, "toy", "small", 0, "sex")
+        run_both(config, "toy", "small", 0, "sex")
 
 
 def test_one_class_in_the_test_part_leaves_metrics_undefined(config: Config) -> None:
     edit_labels(config, sex=["F", "M"] * 12 + ["M"] * 16)
-    run_evaluate(config, "toy", "small", 0, "sex")
+    run_both(config, "toy", "small", 0, "sex")
     metrics = read_table(results(config, "sex") / "metrics.tsv").set_index(["predictor", "metric"])
     assert metrics.loc[("fc", "auroc"), ["value", "low", "high"]].isna().all()
     assert metrics.loc[("fc", "accuracy"), "value"] > 0
@@ -293,14 +300,14 @@ def test_predictions_that_are_not_finite_are_refused(
 
     monkeypatch.setattr(evaluate, "predict_subjects", broken)
     with pytest.raises(InputError, match=r"no finite prediction for sub-027"):
-        run_evaluate(config, "toy", "small", 0, "sex")
+        run_both(config, "toy", "small", 0, "sex")
 
 
 def test_a_model_that_was_not_trained_is_named(config: Config) -> None:
     with pytest.raises(InputError, match=r"seed-3/finetune/sex/model\.json"):
-        run_evaluate(config, "toy", "small", 3, "sex")
+        run_both(config, "toy", "small", 3, "sex")
 
 
 def test_a_model_cannot_have_a_baselines_name(config: Config) -> None:
     with pytest.raises(InputError, match="'fc' is the name of a baseline"):
-        run_evaluate(config, "toy", "fc", 0, "sex")
+        run_both(config, "toy", "fc", 0, "sex")

@@ -12,6 +12,7 @@ import torch
 from fake_runs import FakeStore, make_config, write_dataset
 from torch import nn
 
+from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config, NeuroMamba
 from neuromamba.files import InputError
@@ -19,6 +20,7 @@ from neuromamba.finetune import make_task, predict_subjects, read_labels, run_fi
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
+from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import run_pretrain
 from neuromamba.record import seen_subjects
 from neuromamba.tables import read_table, write_table
@@ -285,19 +287,42 @@ def test_a_prediction_depends_on_no_other_subject_and_no_order(tmp_path, parts):
 def test_a_prediction_is_the_mean_over_windows_and_runs(tmp_path, parts, monkeypatch):
     config = finetune(tmp_path)
     seen = []
-    original = HeadedModel.predict
+    original = HeadedModel.features, HeadedModel.predict_features
 
-    def predict_and_keep(self, batch):
-        seen.append((set(batch["run"]), original(self, batch)))
+    def keep_runs(self, batch):
+        seen.append([set(batch["run"])])
+        return original[0](self, batch)
+
+    def keep_values(self, features):
+        seen[-1].append(original[1](self, features))
         return seen[-1][1]
 
-    monkeypatch.setattr(HeadedModel, "predict", predict_and_keep)
+    monkeypatch.setattr(HeadedModel, "features", keep_runs)
+    monkeypatch.setattr(HeadedModel, "predict_features", keep_values)
     (subject,) = [name for name in parts["test"] if int(name[4:]) % 2]
     table = predict(config, [subject])
     assert [len(runs) for runs, _ in seen] == [1, 1]
     windows = torch.cat([values for _, values in seen]).double()
     assert len(windows) == 6
     assert table["prob_male"][0] == pytest.approx(windows[:, 1].mean().item())
+
+
+def test_it_is_to_the_bit_that_of_its_windows_one_run_at_a_time(tmp_path, parts):
+    config = finetune(tmp_path)
+    subject = parts["validation"][0]
+    network = open_predictor(folder_of(tmp_path), "cpu").network
+    layout, section = Layout.of(config, "fake"), config.models["tiny"]
+    readers = make_readers(network, layout, section, config.tokens)
+    windows = Windows(group_runs(list_runs(config, "fake", [subject])), readers)
+    values = []
+    for run in windows.runs[subject]:
+        of_run = [window for window in windows.spaced(3, [subject]) if window.run == run]
+        for batch in windows.batches(of_run, 4):
+            with torch.no_grad():
+                values.append(network.predict(batch).double())
+    assert len(values) == 2
+    expected = torch.cat(values).mean(0).tolist()
+    assert predict(config, [subject]).iloc[0, 1:].tolist() == expected
 
 
 def test_a_subject_without_a_run_is_named(tmp_path, parts):

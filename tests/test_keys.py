@@ -83,6 +83,10 @@ def make(config: Config, job: Job) -> None:
             subjects = [f"sub-{k:02d}" for k in range(12)]
             table = pd.DataFrame({"subject": subjects, "part": parts})
             write_table(output_of(config, job), table)
+            for number, name in enumerate(filter(None, config.splits.names)):
+                parts = parts[-2:] + parts[:-2] if number else parts
+                table = pd.DataFrame({"subject": subjects, "part": parts})
+                write_table(Layout.of(config.in_fold(name), "d").split, table)
         elif job.stage == "index":
             write_table(output_of(config, job), key_inputs.list_runs_of(config.datasets["d"]))
         else:
@@ -105,6 +109,7 @@ def stale(config: Config) -> set[str]:
 
 CHECKED = {"excluded", "overview"}
 TRAININGS = {"pretrain", "finetune", "evaluate", "scores", "report"}
+FROM_BASELINES = {"baselines", "evaluate", "scores", "report"}
 
 
 def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
@@ -120,18 +125,19 @@ def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
     ("change", "expected"),
     [
         ("evaluate.bootstrap=7", {"evaluate", "scores", "report"}),
+        ("evaluate.inner_folds=3", FROM_BASELINES),
         ("finetune.steps=7", {"finetune", "evaluate", "scores", "report"}),
         ("models.m.finetune.steps=7", {"finetune", "evaluate", "scores", "report"}),
         ("models.m.depth=2", TRAININGS),
         ("pretrain.learning_rate=0.5", TRAININGS),
-        ("splits.seed=3", {"splits", *TRAININGS}),
-        ("rois.cube=9", {"rois", *CHECKED, "evaluate", "scores", "report"}),
-        ("datasets.d.atlas=packaged:100", {"rois", *CHECKED, "evaluate", "scores", "report"}),
-        ("tokens.brain_fraction=0.5", {"tokens", "qc", *CHECKED, *TRAININGS}),
+        ("splits.seed=3", {"splits", "baselines", *TRAININGS}),
+        ("rois.cube=9", {"rois", *CHECKED, *FROM_BASELINES}),
+        ("datasets.d.atlas=packaged:100", {"rois", *CHECKED, *FROM_BASELINES}),
+        ("tokens.brain_fraction=0.5", {"tokens", "qc", *CHECKED, "baselines", *TRAININGS}),
         ("datasets.d.exclude=[sub-77]", {"index"}),
         ("compute.batches=3", {"index", "volumes", "tokens", "rois", "qc"}),
-        ("qc.outlier=5", {"overview"}),
-        ("qc.fd_threshold=0.2", {"qc", "overview"}),
+        ("qc.outlier=5", {"overview", "report"}),
+        ("qc.fd_threshold=0.2", {"qc", "overview", "report"}),
         ("preprocess.engine=docker", set()),
         ("compute.max_excluded=0.5", set()),
         ("compute.device=cpu", set()),
@@ -145,6 +151,60 @@ def test_a_setting_makes_its_stage_stale_and_those_below(
     config: Config, settings: dict[str, Any], change: str, expected: set[str]
 ):
     assert stale(config_of(settings, change)) == expected
+
+
+FOLDS = {"protocol": "k-fold", "folds": 3}
+
+
+@pytest.fixture
+def folds(scans: pd.DataFrame, settings: dict[str, Any]) -> Config:
+    """The same by cross-validation."""
+    config = config_of(settings | {"splits": FOLDS})
+    for job in all_jobs(config):
+        make(config, job)
+    return config
+
+
+def test_what_has_been_made_of_folds_is_current(folds: Config, settings: dict[str, Any]):
+    assert stale(folds) == set()
+    # The holdout beside them is another thing.
+    assert stale(config_of(settings)) == {"splits", "baselines", *TRAININGS}
+
+
+def test_a_fold_that_changes_makes_its_own_trainings_stale(folds: Config):
+    path = Layout.of(folds.in_fold("fold-1"), "d").split
+    write_text(path, path.read_text().replace("sub-05\ttrain", "sub-05\tvalidation"))
+    found = Keys(folds)
+    jobs = [job for job in all_jobs(folds) if found.is_stale(job)]
+    assert {job.fold for job in jobs} == {"fold-1", ""}
+    assert {job.stage for job in jobs if not job.fold} == {"evaluate", "scores", "report"}
+    assert {job.stage for job in jobs if job.fold} == {
+        "baselines",
+        "pretrain",
+        "finetune",
+        "evaluate",
+    }
+
+
+def test_a_model_with_a_base_starts_from_that_ones_pretraining(
+    scans: pd.DataFrame, settings: dict[str, Any]
+):
+    settings["models"]["p"] = {"base": "m", "finetune": {"mode": "probe"}}
+    config = config_of(settings)
+    jobs = all_jobs(config)
+    assert [job.model for job in jobs if job.stage == "pretrain"] == ["m"]
+    for job in jobs:
+        make(config, job)
+    assert stale(config) == set()
+    found = Keys(config_of(settings, "models.p.finetune.evaluation_windows=3"))
+    old = {str(job) for job in jobs if found.is_stale(job)}
+    assert "finetune (d, p, sex, seed 0)" in old
+    assert "finetune (d, m, sex, seed 0)" not in old
+    deeper = Keys(config_of(settings, "models.m.depth=2"))
+    assert {job.model for job in jobs if job.stage == "finetune" and deeper.is_stale(job)} == {
+        "m",
+        "p",
+    }
 
 
 def test_a_second_seed_leaves_the_first_alone(config: Config, settings: dict[str, Any]):
@@ -201,7 +261,7 @@ def test_nothing_else_that_has_changed_before_a_result_is_accepted_with_code(
         make(other, Job("qc", "d", batch=batch))
     make(other, Job("excluded", "d"))
     make(other, Job("overview", "d"))
-    assert stale(other) == TRAININGS
+    assert stale(other) == {"baselines", *TRAININGS}
     assert accept_code(other) == []
     for job in all_jobs(other):
         make(other, job)
@@ -265,8 +325,9 @@ def test_a_label_makes_the_training_for_it_stale_alone(config: Config, tmp_path:
     jobs = [job for job in all_jobs(config) if found.is_stale(job)]
     assert {job.target for job in jobs if job.stage == "finetune"} == {"age"}
     # Where sex is told, age is what the confound model tells it by.
+    assert {job.target for job in jobs if job.stage == "baselines"} == {"age", "sex"}
     assert {job.target for job in jobs if job.stage == "evaluate"} == {"age", "sex"}
-    assert stale(config) == {"finetune", "evaluate", "scores", "report"}
+    assert stale(config) == {"baselines", "finetune", "evaluate", "scores", "report"}
     # A subject that came later, and in no part, has no say.
     path.write_text(path.read_text().replace("sub-03\tM\t99", "sub-03\tM\t23"))
     path.write_text(path.read_text().replace("sub-12\tF\t32", "sub-12\tF\t99"))
@@ -325,7 +386,7 @@ def test_another_atlas_reaches_the_evaluation(
 ):
     write_text(tmp_path / "atlas.nii.gz", "regions")
     other = config_of(settings, f"datasets.d.atlas={tmp_path / 'atlas.nii.gz'}")
-    assert stale(other) == {"rois", *CHECKED, "evaluate", "scores", "report"}
+    assert stale(other) == {"rois", *CHECKED, *FROM_BASELINES}
 
 
 def test_a_mixture_reaches_the_fine_tuning_of_all_its_members(

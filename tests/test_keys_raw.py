@@ -145,14 +145,14 @@ def test_a_changed_raw_scan_of_the_split_trains_anew(config: Config, tmp_path: P
     found = stale_jobs(config)
     assert [job.subject for job in found if job.stage == "preprocess"] == ["sub-03"]
     assert len([job for job in found if job.stage == "volumes"]) == 1
-    assert {job.stage for job in found} == {"preprocess", *DATA, *TRAININGS}
+    assert {job.stage for job in found} == {"preprocess", *DATA, "baselines", *TRAININGS}
 
 
 def test_other_settings_of_the_engine_make_everything_again_but_the_split(
     config: Config, settings: dict[str, Any]
 ):
     changed = config_of(settings, "preprocess.ants={voxel_size: 3}")
-    assert stale(changed) == {"preprocess", *DATA, *TRAININGS}
+    assert stale(changed) == {"preprocess", *DATA, "baselines", *TRAININGS}
     # Those of an engine that is not used change nothing.
     assert stale(config_of(settings, "preprocess.fmriprep={freesurfer: true}")) == set()
 
@@ -169,7 +169,7 @@ def test_another_template_of_the_same_name_makes_everything_again(
         make(config, job)
     assert stale(config) == set()
     (tmp_path / "t1w.nii.gz").write_bytes(b"new")
-    assert stale(config) == {"preprocess", *DATA, *TRAININGS}
+    assert stale(config) == {"preprocess", *DATA, "baselines", *TRAININGS}
     # Where the template is not at hand, what was made with it stays.
     (tmp_path / "t1w.nii.gz").write_bytes(b"old")
     (tmp_path / "mask.nii.gz").unlink()
@@ -248,7 +248,7 @@ def test_a_rule_of_quality_makes_trainings_stale_only_when_it_leaves_runs_out(
         "report",
     }
     strict = config_of(settings, "qc.max_mean_fd=1.15")
-    assert stale(strict) == {"excluded", "overview", *TRAININGS}
+    assert stale(strict) == {"excluded", "overview", "baselines", *TRAININGS}
     for job in stale_jobs(strict):
         make(strict, job)
     assert stale(strict) == set()

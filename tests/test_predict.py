@@ -15,8 +15,13 @@ import pandas as pd
 import pytest
 from scans import GRID, affine_8mm, ball, series, write_scan
 
+from neuromamba.attribution import attribute
+from neuromamba.attribution_maskers import TokenMasker
+from neuromamba.batches import Windows
 from neuromamba.bids import run_index
-from neuromamba.config import Config, Denoise, save_config
+from neuromamba.config import Config, Denoise, Volumes, save_config
+from neuromamba.explainer import STEPS as TRIED
+from neuromamba.explainer import Explainer, open_windows
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.finetune import predict_subjects, run_finetune
 from neuromamba.layout import Layout
@@ -25,6 +30,7 @@ from neuromamba.predict import predict_scan, run_predict
 from neuromamba.predicted import Outcome
 from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import run_pretrain
+from neuromamba.resample import target_affine
 from neuromamba.tables import read_table, write_table
 from neuromamba.tokens import run_tokens
 from neuromamba.volumes import run_volumes
@@ -510,6 +516,127 @@ def test_a_subject_is_predicted_by_the_runs_that_fit(trained: Path, tmp_path: Pa
     assert table["runs"].tolist() == [1, 1]
     assert "left out: sub-77_task-rest_run-2:" in table.loc[0, "warning"]
     assert pd.isna(table.loc[0, "reason"])
+
+
+# --- Maps -----------------------------------------------------------------------------------------
+
+
+def read_map(folder: Path, name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """(x, y, z, volume), and the sidecar."""
+    sidecar = folder / name.replace(".nii.gz", ".json")
+    return nibabel.load(folder / name).get_fdata(), read_json(sidecar)
+
+
+@pytest.fixture(scope="module")
+def mapped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    """Maps of the predicted sex of a subject with two runs, and of one whose scan is too short."""
+    folder = tmp_path_factory.mktemp("mapped")
+    shutil.copytree(trained / "derivatives" / "sub-37", folder / "new" / "sub-37")
+    write_bids(folder / "new", 78, brain(78, n_volumes=5))
+    table, done = predict(trained, folder, folder / "new", explain=folder / "maps")
+    assert not done
+    return folder, table
+
+
+def test_a_map_of_each_predicted_run_is_written(mapped: tuple[Path, pd.DataFrame]):
+    folder, table = mapped
+    stems = [
+        f"sub-37/sub-37_task-rest_run-{k}_space-{SPACE}_desc-attribution_statmap" for k in "12"
+    ]
+    assert table["map"].tolist()[:2] == [f"{stem}.nii.gz" for stem in stems]
+    assert pd.isna(table.loc[2, "map"])
+    written = [str(p.relative_to(folder / "maps")) for p in (folder / "maps").rglob("*.*")]
+    expected = [f"{stem}.{ending}" for stem in stems for ending in ("nii.gz", "json")]
+    assert sorted(written) == sorted(["dataset_description.json", *expected])
+    assert read_json(folder / "maps" / "dataset_description.json")["DatasetType"] == "derivative"
+    for row in table.head(2).to_dict("records"):
+        image = nibabel.load(folder / "maps" / row["map"])
+        np.testing.assert_allclose(image.affine, target_affine(Volumes.model_validate(GRID)))
+        values, about = read_map(folder / "maps", row["map"])
+        other = {"male": "female", "female": "male"}[row["prediction"]]
+        assert about["explains"] == f"logit of {row['prediction']} minus that of {other}"
+        assert about["prediction"] == row["prediction"]
+        assert about["volumes"] == ["strength", "signed"]
+        assert [Path(path).name[:22] for path in about["Sources"]] == [row["run"]]
+        assert about["completeness"]["gap"] < 0.01
+        assert (values[..., 0] >= np.abs(values[..., 1]) - 1e-6).all()
+
+
+def test_maps_are_those_of_explain(trained: Path, mapped: tuple[Path, pd.DataFrame]):
+    folder, table = mapped
+    predictor, config = open_predictor(model_of(trained), "cpu"), make_config(trained)
+    predictor.network.requires_grad_(False)
+    masker = TokenMasker(predictor.volumes, predictor.tokens)
+    windows = open_windows(config, "toy", predictor, ["sub-37"])
+    windows = Windows({"sub-37": windows.runs["sub-37"][:1]}, windows._readers)
+    positive = predictor.classes.index(table.loc[0, "prediction"])
+    values, about = read_map(folder / "maps", table.loc[0, "map"])
+    explainer = Explainer(predictor, masker, positive, about["steps"])
+    assert about["steps"] in TRIED[:-1]
+    one = explainer.explain(predictor.network, windows, "sub-37")
+    np.testing.assert_array_equal(values[..., 0], one.strength)
+    np.testing.assert_array_equal(values[..., 1], one.signed)
+    assert one.strength.max() > 0
+
+
+def test_a_subject_has_the_map_of_all_its_runs(trained: Path, mapped: tuple[Path, pd.DataFrame]):
+    folder, runs = mapped
+    maps = folder / "by-subject"
+    table, _ = predict(trained, folder, folder / "new", level="subject", explain=maps)
+    assert table["map"].notna().tolist() == [True, False]
+    values, about = read_map(maps, table.loc[0, "map"])
+    assert table.loc[0, "map"] == f"sub-37/sub-37_space-{SPACE}_desc-attribution_statmap.nii.gz"
+    assert (about["windows"], len(about["Sources"])) == (4, 2)
+    each = []
+    for row in runs.head(2).to_dict("records"):
+        of_run, _ = read_map(folder / "maps", row["map"])
+        of_run[..., 1] *= 1 if row["prediction"] == table.loc[0, "prediction"] else -1
+        each.append(of_run)
+    np.testing.assert_allclose(values, np.mean(each, axis=0), rtol=1e-3, atol=1e-6)
+
+
+def test_numbers_have_maps_in_their_units(trained: Path, tmp_path: Path):
+    bold = write_bids(tmp_path / "new", 77, brain(77))
+    table, _ = predict(trained, tmp_path, bold, target="age", explain=tmp_path / "maps")
+    values, about = read_map(tmp_path / "maps", table.loc[0, "map"])
+    assert about["explains"] == "predicted age"
+    assert about["prediction"] == table.loc[0, "prediction"]
+    assert np.abs(values[..., 1]).sum() > 0
+
+
+def test_no_maps_are_made_unless_asked_for(everybody: pd.DataFrame):
+    assert "map" not in everybody
+
+
+def test_maps_of_one_name_are_refused_before_anything_is_made(trained: Path, tmp_path: Path):
+    for folder in ("new", "other"):
+        write_bids(tmp_path / folder, 77, brain(77))
+    scans = [tmp_path / "new", tmp_path / "other"]
+    for level, name in (("run", "sub-77_task-rest"), ("subject", "sub-77")):
+        with pytest.raises(InputError, match=f"several of the scans are named {name},"):
+            predict(trained, tmp_path, *scans, level=level, explain=tmp_path / "maps")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other"]
+
+
+def test_a_prediction_stays_where_its_map_cannot_be_made(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    write_bids(tmp_path / "new", 77, brain(77))
+    write_bids(tmp_path / "new", 79, brain(79))
+
+    def fail(network: Any, batch: Any, positive: int, steps: int) -> Any:
+        if batch["subject"][0] == "sub-77":
+            raise InputError("the gradient is\nnot finite")
+        return attribute(network, batch, positive, steps)
+
+    monkeypatch.setattr("neuromamba.explainer.attribute", fail)
+    table, done = predict(trained, tmp_path, tmp_path / "new", explain=tmp_path / "maps")
+    assert done
+    assert table["prediction"].notna().all()
+    assert table["map"].isna().tolist() == [True, False]
+    assert table.loc[0, "warning"].endswith("no map: the gradient is not finite")
+    assert "maps (1)" in capsys.readouterr().out
+    assert [path.name for path in sorted((tmp_path / "maps").glob("sub-*"))] == ["sub-79"]
 
 
 # --- Models that do not serve ---------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from neuromamba.config import Dataset, build_config, load_config, save_config
 from neuromamba.demo import write_demo
 from neuromamba.files import InputError
-from neuromamba.splits import nested_share
+from neuromamba.shares import nested_share
 from neuromamba.tables import read_table
 
 # --- Shares ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from neuromamba.config import Config, Dataset, Splits
 from neuromamba.excluded import run_excluded
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
-from neuromamba.splits import read_split, run_splits, split_subjects
+from neuromamba.splits import fold_subjects, folds_of, read_split, run_splits, split_subjects
 from neuromamba.tables import read_table, write_table
 
 
@@ -200,3 +200,79 @@ def test_running_again_gives_the_same_split(tmp_path: Path) -> None:
     first = layout.split.read_bytes()
     run_splits(config, "toy")
     assert layout.split.read_bytes() == first
+
+
+def folds(table: pd.DataFrame, settings: Dataset = BOTH, **splits: Any) -> dict[str, pd.DataFrame]:
+    found = fold_subjects(list(table.index), table, settings, Splits(**splits))
+    return {name: fold.set_index("subject").join(table) for name, fold in found.items()}
+
+
+def test_every_subject_is_tested_once_in_each_repeat() -> None:
+    found = folds(people(203), protocol="k-fold", folds=4, repeats=3)
+    assert list(found) == [f"fold-{k}" for k in range(12)]
+    tested = pd.DataFrame({name: fold["part"] == "test" for name, fold in found.items()})
+    for repeat in range(3):
+        of_repeat = tested.iloc[:, 4 * repeat : 4 * repeat + 4]
+        assert (of_repeat.sum(axis=1) == 1).all()
+        assert of_repeat.sum().between(50, 51).all()
+    assert not tested["fold-0"].equals(tested["fold-4"])
+    for fold in found.values():
+        assert fold["part"].value_counts()["validation"] == 20
+
+
+def test_folds_have_their_shares_of_labels_and_sites() -> None:
+    for fold in folds(people(), protocol="k-fold").values():
+        test = fold["part"] == "test"
+        for _, stratum in fold.groupby(["sex", "site"]):
+            assert abs(test[stratum.index].sum() - len(stratum) / 5) <= 2
+
+
+def test_more_repeats_leave_the_first_folds_as_they_are() -> None:
+    table = people()
+    one = fold_subjects(list(table.index), table, BOTH, Splits(protocol="k-fold"))
+    two = fold_subjects(list(table.index[::-1]), table, BOTH, Splits(protocol="k-fold", repeats=2))
+    for name, fold in one.items():
+        pd.testing.assert_frame_equal(fold, two[name])
+
+
+def test_whole_sites_are_left_out() -> None:
+    found = folds(people(), protocol="leave-site-out", folds=3)
+    sites = [set(fold.loc[fold["part"] == "test", "site"]) for fold in found.values()]
+    assert sorted(map(sorted, sites)) == [["a"], ["b"], ["rare"]]
+    for fold, site in zip(found.values(), sites, strict=True):
+        assert site.isdisjoint(fold.loc[fold["part"] != "test", "site"])
+        assert set(fold["part"]) == {"train", "validation", "test"}
+    two = folds(people(), protocol="leave-site-out", folds=2)
+    assert [set(f.loc[f["part"] == "test", "site"]) for f in two.values()] == [
+        {"a"},
+        {"b", "rare"},
+    ]
+
+
+def test_sites_that_cannot_make_the_folds_are_named() -> None:
+    with pytest.raises(InputError, match=r"3 site\(s\) \(a, b, rare\) cannot make 4 folds"):
+        folds(people(), protocol="leave-site-out", folds=4)
+    table = people()
+    table.loc["sub-0007", "site"] = pd.NA
+    with pytest.raises(InputError, match="no site is known of sub-0007"):
+        folds(table, protocol="leave-site-out", folds=2)
+    with pytest.raises(InputError, match="cannot be tested in 50 folds"):
+        folds(people(40), protocol="k-fold", folds=50)
+
+
+def test_who_has_no_label_trains_in_every_fold() -> None:
+    table = people()
+    table.loc[table.index[:20], ["sex", "age"]] = pd.NA
+    for fold in folds(table, protocol="k-fold").values():
+        assert (fold["part"].iloc[:20] == "train").all()
+
+
+def test_the_table_of_folds_tells_where_each_subject_is_tested() -> None:
+    table, splits = people(), Splits(protocol="k-fold", folds=3, repeats=2)
+    made = fold_subjects(list(table.index), table, BOTH, splits)
+    tested = folds_of(made, splits).set_index("subject")
+    assert list(tested) == ["repeat-0", "repeat-1"]
+    for column, names in (("repeat-0", ("fold-0", "fold-2")), ("repeat-1", ("fold-3", "fold-5"))):
+        for name in names:
+            part = made[name].set_index("subject")["part"]
+            assert set(tested.index[tested[column] == name]) == set(part.index[part == "test"])

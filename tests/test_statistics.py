@@ -9,14 +9,13 @@ import pytest
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from neuromamba.permutations import shuffles, swaps
 from neuromamba.statistics import (
     chance_of_classes,
     chance_of_numbers,
     compare_classes,
     compare_numbers,
     correct,
-    shuffles,
-    swaps,
 )
 
 
@@ -165,7 +164,7 @@ def test_arrangements_are_seeded_and_come_in_blocks_with_the_observed_one_once(
     assert (np.sort(whole, axis=1) == np.arange(10)).all()
     assert (whole[1:] != np.arange(10)).any(axis=1).all()
     assert (np.concatenate(list(shuffles(10, 50, 3))) == whole).all()
-    monkeypatch.setattr("neuromamba.statistics.BLOCK", 70)
+    monkeypatch.setattr("neuromamba.permutations.BLOCK", 70)
     blocks = list(swaps(10, 50, 3))
     assert max(len(block) for block in blocks) == 7
     assert sum(map(len, blocks)) == 51

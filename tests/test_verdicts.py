@@ -153,3 +153,38 @@ def test_how_each_baseline_was_made_is_told() -> None:
         "a and b",
         "a, b and c",
     ]
+
+
+def of_classes(better: str | None, p: float, folds: bool) -> Evaluation:
+    """A model of two classes, with p against chance, and whether it beats the majority."""
+    rng = np.random.default_rng(0)
+    true = np.array(["a", "b"] * 30)
+    shares = {"m": rng.random(60), "fc": rng.random(60), "majority": np.full(60, 0.5)}
+    tables = [
+        pd.DataFrame(
+            {
+                "subject": [f"sub-{i:03}" for i in range(60)],
+                "predictor": name,
+                "y_true": true,
+                "y_pred": np.where(share > 0.5, "b", "a"),
+                "prob_a": 1 - share,
+                "prob_b": share,
+            }
+        )
+        for name, share in shares.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    metrics = compute_metrics(table, 100, 0.95, 0, 99)
+    metrics.loc[metrics["predictor"] == "m", "p"] = p
+    compared = pd.concat(
+        [compare(table, "m", name, 100, 0.95, 0, 99) for name in ("fc", "majority")]
+    )
+    compared["better"] = np.where(compared["versus"] == "majority", better, None)
+    notes = NOTES | ({"folds": {"fold-0": {}, "fold-1": {}}} if folds else {})
+    return Evaluation("d", "m", 0, "t", metrics, compared, table, notes)
+
+
+def test_over_folds_chance_is_beaten_only_by_beating_the_majority() -> None:
+    assert "It is better than chance." in verdict(of_classes(None, 0.001, folds=False))
+    assert "not shown to be better than chance" in verdict(of_classes(None, 0.001, folds=True))
+    assert "It is better than chance." in verdict(of_classes("m", 0.001, folds=True))

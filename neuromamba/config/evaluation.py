@@ -22,6 +22,17 @@ Baseline = Literal[
 Confound = Literal["age", "sex", "site", "mean_fd", "tsnr", "n_volumes", "n_voxels"]
 
 
+class Explain(Section):
+    """Attribution maps of fine-tuned models.
+
+    `steps` is how many gradients a window takes; `None`: as many as it takes to be complete.
+    """
+
+    subjects: PositiveInt = 100
+    windows: PositiveInt = 2
+    steps: PositiveInt | None = None
+
+
 class Evaluate(Section):
     """Intervals over subjects, tests by permutation, and the baselines.
 

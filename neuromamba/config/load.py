@@ -117,7 +117,7 @@ def _with_bases(models: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(
                 f"models.{name}.base is {of!r}, which must be one of `models` ({', '.join(models)})"
             )
-        base = models.get(of)
+        base = None if of is None else models[of]
         whole[name] = merge(base, model) if isinstance(base, Mapping) else model
     return whole
 

@@ -25,6 +25,7 @@ from neuromamba.config.data import (
     Volumes,
 )
 from neuromamba.config.evaluation import Evaluate as Evaluate
+from neuromamba.config.evaluation import Explain as Explain
 from neuromamba.config.training import Finetune as Finetune
 from neuromamba.config.training import Forecast as Forecast
 from neuromamba.config.training import Pretrain as Pretrain
@@ -139,6 +140,7 @@ class Config(Section):
     splits: Splits = Splits()
     evaluate: Evaluate = Evaluate()
     forecast: Forecast = Forecast()
+    explain: Explain = Explain()
     compute: Compute = Compute()
     scaling: Scaling = Scaling()
     _fold: str = PrivateAttr("")

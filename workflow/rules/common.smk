@@ -61,6 +61,8 @@ ROOT = f"{CONFIG.results}/{{dataset}}"
 MODEL = f"{ROOT}/{{model}}/seed-{{seed}}"
 RUN = f"--config {ROOT}/config.yaml --dataset {{dataset}}"
 TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
+# Of a cross-validation each fold has a folder and jobs of its own: `{fold}` is then like `/fold-0`.
+FOLDS = [name and f"/{name}" for name in CONFIG.splits.names]
 SCALING = sorted(CONFIG.scaling.models or CONFIG.models)
 # The rule that runs the jobs of each stage of `neuromamba.stages`.
 RULES = {
@@ -74,12 +76,15 @@ RULES = {
     "excluded": "list_excluded",
     "overview": "overview_dataset",
     "splits": "split_dataset",
+    "baselines": "predict_baselines",
     "pretrain": "pretrain_model",
     "finetune": "finetune_model",
     "evaluate": "evaluate_model",
     "scores": "score_model",
     "report": "report",
     "forecast": "forecast_model",
+    "identify": "identify_subjects",
+    "explain": "explain_model",
     "cell": "pretrain_cell",
     "scaling": "fit_scaling",
 }
@@ -114,6 +119,7 @@ wildcard_constraints:
     model="|".join(map(re.escape, CONFIG.models)),
     seed=r"\d+",
     target=r"[^/]+",
+    fold=r"(/fold-\d+)?",
     batch=r"\d+",
     subject=r"sub-[A-Za-z0-9]+",
 
@@ -136,7 +142,12 @@ def needs(stage):
     """An input function: the results that a job of a stage works on (see `neuromamba.stages`)."""
 
     def files(wildcards):
-        kinds = {"batch": int, "seed": int, "fraction": float}
+        kinds = {
+            "batch": int,
+            "seed": int,
+            "fraction": float,
+            "fold": lambda text: text.removeprefix("/"),
+        }
         job = Job(
             stage,
             **{key: kinds.get(key, str)(wildcards[key]) for key in wildcards.keys()},
@@ -167,6 +178,11 @@ def _is_below_forced(job):
         or _is_below_forced(one)
         for one in jobs_before(CONFIG, job)
     )
+
+
+def option_of_fold(wildcards):
+    """The command's option for the fold that a job is for; none for a holdout."""
+    return f"--fold {wildcards.fold.removeprefix('/')}" if wildcards.fold else ""
 
 
 def _tell(job):

@@ -71,8 +71,13 @@ rule split_dataset:
     input:
         needs("splits"),
     output:
+        expand(
+            f"{ROOT}/splits/{{fold}}.tsv",
+            fold=filter(None, CONFIG.splits.names),
+            allow_missing=True,
+        ),
         report(
-            f"{ROOT}/splits/holdout.tsv",
+            f"{ROOT}/splits/{'folds' if CONFIG.splits.names[0] else 'holdout'}.tsv",
             caption="../report/splits.rst",
             category="Data",
             subcategory="{dataset}",

@@ -21,6 +21,10 @@ rule report:
     input:
         needs("report"),
     output:
+        expand(
+            f"{CONFIG.results}/report/{{file}}",
+            file=["metrics.tsv", "metrics.json", "methods.md", "references.bib"],
+        ),
         report(
             f"{CONFIG.results}/report/index.html",
             caption="../report/report.rst",

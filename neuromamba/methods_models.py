@@ -1,0 +1,101 @@
+"""The methods section's paragraph on models: what they are, and how they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from neuromamba.collect import Training
+
+MODES = {
+    "full": "all weights learnt",
+    "adapters": "low-rank adapters of the linear layers [@hu2022lora] and the head learnt",
+    "head": "only the head learnt, on the frozen model",
+    "probe": "a linear probe was fitted to the frozen model's features",
+}
+OBJECTIVES = {"mse": "squared error", "mae": "absolute error", "huber": "Huber loss"}
+
+
+def describe_models(trainings: Sequence[Training]) -> list[str]:
+    """Sentences on each model that was pretrained, and on each fine-tuning, as far as recorded."""
+    trainings = [training for training in trainings if "settings" in training.info]
+    sentences: list[str] = []
+    for name in dict.fromkeys(training.model for training in trainings):
+        own = [training for training in trainings if training.model == name]
+        pretrained = [training for training in own if training.stage == "pretrain"]
+        if pretrained:
+            sentences.append(_architecture(name, pretrained[0]))
+            sentences.append(_pretrained(pretrained))
+        sentences += _finetuned(name, own)
+    return sentences
+
+
+def _architecture(name: str, training: Training) -> str:
+    model = training.info["settings"]["model"]
+    if model["family"] != "neuromamba":
+        return f"{name} is a model of the family {model['family']}."
+    count = training.info.get("parameters")
+    size = f"{count:,} parameters, " if count else ""
+    text = (
+        f"{name} follows NeuroMamba [@choi2025neuromamba] ({size}width {model['width']}, "
+        f"{model['depth']} blocks, state {model['state']}): Mamba-2 blocks [@dao2024mamba2] over "
+        "the tokens of a window, which learn to predict each next patch in time, told where a "
+        f"patch lies by sines and cosines of its centre in {model['bands']} octaves "
+        "[@mildenhall2020nerf]."
+    )
+    if model.get("parametrization") == "mup":
+        text += " Learning rates follow the width by maximal update parametrization [@yang2022mup]."
+    return text
+
+
+def _pretrained(group: Sequence[Training]) -> str:
+    first = group[0].info
+    model, settings = first["settings"]["model"], first["settings"]["pretrain"]
+    seeds = sorted({training.seed for training in group})
+    loss = OBJECTIVES.get(model.get("objective", "mse"), "its loss")
+    return (
+        f"It was pretrained without labels ({loss}, windows of {model['volumes']} volumes, "
+        f"{_optimised(settings, first)}; {_subjects(group)}; seeds {', '.join(map(str, seeds))})."
+    )
+
+
+def _optimised(settings: dict[str, Any], info: dict[str, Any]) -> str:
+    windows = settings["batch_size"] * settings["accumulate"]
+    return (
+        f"{info['step']} steps of {windows} windows by AdamW [@loshchilov2019adamw] with a peak "
+        f"learning rate of {settings['learning_rate']:g}, weight decay "
+        f"{settings['weight_decay']:g}, {settings['warmup_steps']} steps of warm-up and cosine "
+        f"decay, in {settings['precision']}"
+    )
+
+
+def _subjects(group: Sequence[Training]) -> str:
+    """Numbers of subjects, as a range where folds differ."""
+    counts = {
+        part: sorted({len(training.info["subjects"][part]) for training in group})
+        for part in ("train", "validation")
+    }
+    train, validation = (
+        f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        for found in counts.values()
+    )
+    return f"{train} subjects, and {validation} to choose the step by its validation loss"
+
+
+def _finetuned(name: str, own: Sequence[Training]) -> list[str]:
+    """A sentence for each way in which a model was fine-tuned, naming its targets."""
+    ways: dict[str, list[Training]] = {}
+    for training in own:
+        if training.stage != "pretrain":
+            settings = training.info["settings"].get("finetune", {})
+            mode = settings.get("mode", "full")
+            how = "" if mode == "probe" or not settings else _optimised(settings, training.info)
+            ways.setdefault(f"{MODES[mode]}{f' ({how})' if how else ''}", []).append(training)
+    sentences = []
+    for how, group in ways.items():
+        targets = ", ".join(dict.fromkeys(training.stage for training in group))
+        sentences.append(
+            f"{name} was fine-tuned to predict {targets}: {how}; {_subjects(group)}. A subject's "
+            "prediction is the mean over evenly spaced windows of all its runs."
+        )
+    return sentences

@@ -1,0 +1,201 @@
+"""What each predictor in a table of predictions says of the subjects, fold by fold.
+
+Design choices
+--------------
+- The models of different folds do not give their scores on one scale, so pooling the scores before
+  ranking them biases the AUROC: under cross-validation a metric is the mean over folds of its value
+  within a fold (Forman and Scholz 2010, doi:10.1145/1882471.1882479; Airola et al. 2011,
+  doi:10.1016/j.csda.2010.11.018). A test set without folds is one fold.
+- What is drawn, shuffled or swapped is a subject, with all its rows: those of the repeats of a
+  cross-validation, and those of several seeds.
+- A fold in which a metric is undefined (one class, and no AUROC) is left out of that mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from neuromamba import statistics
+from neuromamba.files import InputError
+from neuromamba.permutations import Floats, Ints, mean_of_defined, split_rows
+from neuromamba.weighted_metrics import Metrics, classification_metrics, regression_metrics
+
+PROBABILITY = "prob_"
+
+
+def class_names(predictions: pd.DataFrame) -> list[str]:
+    """The classes of a table of predictions, in order; none for regression."""
+    columns = [str(column) for column in predictions.columns]
+    return [c.removeprefix(PROBABILITY) for c in columns if c.startswith(PROBABILITY)]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What one predictor says of the subjects.
+
+    Attributes
+    ----------
+    subjects
+        Their names, sorted.
+    true
+        (subject,) number of the true class, or true value.
+    predicted
+        (row, class) probabilities, or (row,) values: the rows of each fold after one another.
+    folds
+        By the fold's name, (row,) numbers of its subjects; one without a name for a holdout.
+    """
+
+    subjects: tuple[str, ...]
+    true: npt.NDArray[Any]
+    predicted: Floats
+    folds: dict[str, Ints]
+
+    @property
+    def is_holdout(self) -> bool:
+        return list(self.folds) == [""]
+
+    @property
+    def strata(self) -> Ints:
+        return self.true if self._is_classifier else np.zeros(len(self.true), np.int64)
+
+    @property
+    def metrics(self) -> Metrics:
+        """Means over folds as a function of the subjects' weights."""
+        parts = self._parts()
+
+        def metrics(weight: Floats) -> dict[str, Floats]:
+            found = [make(weight.take(who, axis=1)) for who, make in parts]
+            return {name: mean_of_defined([each[name] for each in found]) for name in found[0]}
+
+        return metrics
+
+    def by_fold(self) -> dict[str, Floats]:
+        """Of each metric, the (fold,) values."""
+        found = [make(np.ones((1, len(who)))) for who, make in self._parts()]
+        return {name: np.array([each[name][0] for each in found]) for name in found[0]}
+
+    def against_chance(self, permutations: int, seed: int) -> dict[str, float]:
+        classes, folds = self._is_classifier, list(self.folds.values())
+        test = statistics.chance_of_classes if classes else statistics.chance_of_numbers
+        return test(self.true, self.predicted, permutations, seed, folds)
+
+    def against(self, other: Predictor, permutations: int, seed: int) -> dict[str, float]:
+        classes, folds = self._is_classifier, list(self.folds.values())
+        test = statistics.compare_classes if classes else statistics.compare_numbers
+        return test(self.true, self.predicted, other.predicted, permutations, seed, folds)
+
+    @property
+    def _is_classifier(self) -> bool:
+        return self.predicted.ndim == 2
+
+    def _parts(self) -> list[tuple[Ints, Metrics]]:
+        """The subjects of each fold, and its metrics as a function of their weights."""
+        make = classification_metrics if self._is_classifier else regression_metrics
+        folds = list(self.folds.values())
+        parts = zip(folds, split_rows(self.predicted, folds), strict=True)
+        return [(who, make(self.true[who], predicted)) for who, predicted in parts]
+
+
+def read_predictors(predictions: pd.DataFrame) -> dict[str, Predictor]:
+    """Each predictor by name.
+
+    Parameters
+    ----------
+    predictions
+        As `neuromamba.metrics.compute_metrics` takes them.
+
+    Raises
+    ------
+    InputError
+        When a class has no column, a fold has no name or tests a subject twice, or a subject has
+        two labels.
+    """
+    classes = class_names(predictions)
+    number = {label: k for k, label in enumerate(classes)}
+    order = ["fold", "subject"] if "fold" in predictions else "subject"
+    found = {}
+    for name, rows in predictions.groupby("predictor", sort=False):
+        rows = _check_folds(str(name), rows).sort_values(order)
+        if classes:
+            unknown = set(rows["y_true"].astype(str)) - set(number)
+            if unknown:
+                raise InputError(f"predictions of {name}: no column for class {min(unknown)!r}")
+            rows = rows.assign(y_true=rows["y_true"].astype(str).map(number).astype(np.int64))
+            probability = rows[[PROBABILITY + label for label in classes]].to_numpy(float)
+            found[str(name)] = _read_predictor(str(name), rows, probability)
+        else:
+            rows = rows.assign(y_true=rows["y_true"].astype(float))
+            values = np.asarray(rows["y_pred"].astype(float), dtype=np.float64)
+            found[str(name)] = _read_predictor(str(name), rows, values)
+    return found
+
+
+def _check_folds(name: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one predictor, refused where the folds are not those of a cross-validation."""
+    if "fold" not in rows:
+        return rows
+    if nowhere := int(rows["fold"].isna().sum()):
+        raise InputError(
+            f"predictions of {name}: {nowhere} row(s) are of no fold; evaluate every fold again"
+        )
+    rows = rows.assign(fold=rows["fold"].astype(str))
+    if (twice := rows.duplicated(["fold", "subject"])).any():
+        first = rows[twice].iloc[0]
+        raise InputError(
+            f"predictions of {name}: {first['fold']} tests {first['subject']} twice; evaluate that "
+            "fold again"
+        )
+    return rows
+
+
+def _read_predictor(name: str, rows: pd.DataFrame, predicted: Floats) -> Predictor:
+    """One predictor from its rows in order, `y_true` being numbers."""
+    if "fold" not in rows:
+        whole = {"": np.arange(len(rows))}
+        return Predictor(tuple(rows["subject"]), rows["y_true"].to_numpy(), predicted, whole)
+    labels = rows.groupby("subject")["y_true"]
+    several = labels.nunique() > 1
+    if several.any():
+        raise InputError(
+            f"predictions of {name}: the label of {several.idxmax()} differs between folds; "
+            "evaluate all folds again with one table of subjects"
+        )
+    true = labels.first()
+    who = np.asarray(true.index.get_indexer(pd.Index(rows["subject"])), dtype=np.int64)
+    of_fold = rows["fold"].to_numpy()
+    folds = {str(fold): who[of_fold == fold] for fold in np.unique(of_fold)}
+    return Predictor(tuple(true.index), true.to_numpy(), predicted, folds)
+
+
+def refuse_unlike(name: str, one: Predictor, second: str, other: Predictor) -> None:
+    """Refuse two predictors that were not tested on the same subjects in the same folds.
+
+    Raises
+    ------
+    InputError
+        Naming both.
+    """
+    same = one.subjects == other.subjects and one.folds.keys() == other.folds.keys()
+    same = same and all(np.array_equal(who, other.folds[k]) for k, who in one.folds.items())
+    if not same or not np.array_equal(one.true, other.true):
+        raise InputError(
+            f"predictions: {name} and {second} are of other subjects, labels or folds; "
+            "evaluate both again on the same splits"
+        )
+
+
+def join_seeds(seeds: Mapping[int, Predictor]) -> Predictor:
+    """One predictor whose metrics are means over seeds, which tested the same subjects.
+
+    Every seed's folds follow those of the seed before it.
+    """
+    first, *_ = seeds.values()
+    folds = {f"seed-{k} {name}": who for k, one in seeds.items() for name, who in one.folds.items()}
+    predicted = np.concatenate([one.predicted for one in seeds.values()])
+    return Predictor(first.subjects, first.true, predicted, folds)

@@ -1,0 +1,124 @@
+"""The settings that each stage's results depend on, which stand in the records beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neuromamba.config import Classification, Config, Dataset, Finetune, Optimiser
+from neuromamba.qc_rules import rules_of
+from neuromamba.stages import Job, model_of
+
+
+def settings_of(config: Config, job: Job) -> dict[str, Any]:
+    """The settings that a job's result depends on beside those of the jobs before it, JSON-able."""
+    if job.stage in ("pretrain", "cell", "finetune", "forecast", "identify", "explain", "evaluate"):
+        return _settings_of_training(config, job)
+    dataset = config.datasets.get(job.dataset)
+    match job.stage:
+        case "preprocess":
+            assert dataset is not None
+            return {"space": dataset.space, **_settings_of_engine(config)}
+        case "index":
+            assert dataset is not None
+            keys = {"space", "repetition_time"}
+            return {"dataset": dataset.model_dump(mode="json", include=keys)}
+        case "volumes":
+            assert dataset is not None
+            own = {"space": dataset.space, "time_patch": config.tokens.time_patch}
+            return {"volumes": config.volumes.model_dump(mode="json"), **own}
+        case "anat":
+            assert dataset is not None
+            grid = config.volumes.model_dump(mode="json", include={"shape", "voxel_size"})
+            return {"grid": grid, "space": dataset.space, "resolution": dataset.resolution}
+        case "qc":
+            return {"qc": config.qc.model_dump(mode="json", include={"fd_threshold", "pages"})}
+        case "excluded":
+            rules = rules_of(config.qc)
+            return {"rules": rules} if rules else {}
+        case "overview":
+            return {"outlier": config.qc.outlier}
+        case "tokens" | "rois":
+            return {job.stage: getattr(config, job.stage).model_dump(mode="json")}
+        case "splits":
+            assert dataset is not None
+            participants, target = dataset.participants, stratified_by(dataset)
+            return {
+                "splits": config.splits.model_dump(mode="json"),
+                "site_column": participants and participants.site_column,
+                "stratified_by": target and {target: target_settings(dataset, target)},
+            }
+        case "baselines":
+            assert dataset is not None
+            own = config.evaluate.model_dump(
+                mode="json", include={"baselines", "confounds", "inner_folds"}
+            )
+            return {"evaluate": own, "target": target_settings(dataset, job.target)}
+        case "scaling":
+            return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
+    return {}
+
+
+def _settings_of_engine(config: Config) -> dict[str, Any]:
+    engine = config.preprocess.engine
+    section = {"docker": "fmriprep", "apptainer": "fmriprep"}.get(engine, engine)
+    settings = config.preprocess.model_dump(mode="json")
+    return {"engine": engine, section: settings.get(section)}
+
+
+def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
+    model, evaluate = model_of(config, job), config.evaluate.model_dump(mode="json")
+    match job.stage:
+        case "pretrain" | "cell":
+            # Weights to start from are an input; how many checkpoints there are changes nothing.
+            dumped = model.model_dump(mode="json", exclude={"base", "finetune"})
+            for key in ("init_from", "keep_checkpoints"):
+                dumped["pretrain"].pop(key)
+            own: dict[str, Any] = {"model": dumped, "members": config.members(job.dataset)}
+            cell = {"fraction": job.fraction, "steps": config.scaling.steps}
+            return own | {"seed": job.seed} | (cell if job.stage == "cell" else {})
+        case "finetune":
+            target = target_settings(config.datasets[job.dataset], job.target)
+            tuned: dict[str, Any] = {"finetune": relevant_settings(model.finetune)}
+            if model.finetune.mode == "probe":
+                tuned["inner_folds"] = config.evaluate.inner_folds
+            return tuned | {"target": target, "seed": job.seed}
+        case "forecast":
+            kept = ("bootstrap", "confidence", "allow_seen_subjects")
+            own = {"forecast": config.forecast.model_dump(mode="json")}
+            return own | {"evaluate": {key: evaluate[key] for key in kept}}
+        case "identify":
+            own = {key: evaluate[key] for key in ("bootstrap", "confidence", "permutations")}
+            return {"evaluate": own | {"allow_seen_subjects": evaluate["allow_seen_subjects"]}}
+        case "explain":
+            return {"explain": config.explain.model_dump(mode="json")}
+    return {"evaluate": evaluate}
+
+
+def stratified_by(dataset: Dataset) -> str | None:
+    """The target that a split is stratified by: the first classification, or else the first."""
+    classes = [n for n, target in dataset.targets.items() if isinstance(target, Classification)]
+    return next(iter([*classes, *dataset.targets]), None)
+
+
+def target_settings(dataset: Dataset, name: str) -> dict[str, Any]:
+    """A target's section, with its classes as a list, because their order has a meaning."""
+    target = dataset.targets[name]
+    settings = target.model_dump(mode="json")
+    if isinstance(target, Classification):
+        settings["classes"] = [list(pair) for pair in target.classes.items()]
+    return settings
+
+
+def relevant_settings(settings: Optimiser) -> dict[str, Any]:
+    """What a training depends on of its own section, JSON-able."""
+    # Weights to start from are an input, and the same wherever they lie; how many checkpoints
+    # there are changes nothing.
+    unused = {"init_from", "keep_checkpoints"}
+    if isinstance(settings, Finetune):
+        if settings.mode == "probe":
+            # It takes no steps. Only the windows it sees count, and in what batches they are seen.
+            seen = {"mode", "batch_size", "evaluation_windows"}
+            return settings.model_dump(mode="json", include=seen)
+        if settings.mode != "adapters":
+            unused.add("adapters")
+    return settings.model_dump(mode="json", exclude=unused)

@@ -1,0 +1,142 @@
+"""The methods section tells what was done and cites it, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from fabricate import make_config
+from reports import of_subjects
+
+from neuromamba.collect import Data, Training
+from neuromamba.config import NeuroMamba
+from neuromamba.methods import Facts, describe_methods, write_methods
+from neuromamba.references import REFERENCES, bibliography, cited_keys
+
+PROGRAMS = {
+    "fMRIPrep 25.2.3": "esteban2019fmriprep",
+    "NeuroMamba ants engine 0.1.0": "avants2008syn",
+}
+
+
+def data(program: str = "fMRIPrep 25.2.3", left_out: int = 0) -> Data:
+    runs = pd.DataFrame({"run": ["r1", "r2"], "subject": ["s1", "s2"]})
+    excluded = pd.DataFrame({"run": [f"x{k}" for k in range(left_out)], "stage": "volumes"})
+    return Data("toy", runs, runs, excluded, {}, pd.DataFrame(), {program: 2})
+
+
+def training(stage: str = "pretrain", **settings: Any) -> Training:
+    model = NeuroMamba(family="neuromamba").model_dump(mode="json")
+    part = model["pretrain" if stage == "pretrain" else "finetune"] | settings
+    info = {
+        "settings": {"model": model, "pretrain" if stage == "pretrain" else "finetune": part},
+        "step": 77,
+        "parameters": 1234,
+        "subjects": {"train": ["a", "b"], "validation": ["c"]},
+        "versions": {"torch": "2.13.0"},
+    }
+    return Training("toy", "small", 0, stage, info, pd.DataFrame())
+
+
+def text_of(config: Any, facts: Facts) -> str:
+    return describe_methods(config, facts).markdown
+
+
+def test_nothing_that_was_not_done_is_told(tmp_path: Path) -> None:
+    found = describe_methods(make_config(tmp_path), Facts(data=[]))
+    assert list(found.paragraphs) == ["Software"]
+    assert found.bibtex == ""
+    assert "fMRIPrep" not in found.markdown
+    assert "Snakemake" not in found.markdown
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_preprocessed_is_named_and_cited(tmp_path: Path, program: str) -> None:
+    found = describe_methods(make_config(tmp_path), Facts(data=[data(program)]))
+    assert program in found.paragraphs["Preprocessing"]
+    for other, key in PROGRAMS.items():
+        assert (key in found.bibtex) == (other == program)
+
+
+def test_denoising_is_told_only_of_volumes_that_record_it(tmp_path: Path) -> None:
+    strategy = {"strategy": ["motion", "high_pass", "compcor"], "motion": "power2"}
+    config = make_config(tmp_path, volumes={"denoise": strategy, "shape": (12, 12, 12)})
+    cleaned = {"toy": {"space": "MNI152NLin2009cAsym", "interpolation": "linear", "denoise": {}}}
+    text = text_of(config, Facts(data=[data()], attributes=cleaned))
+    assert "head motion (power2)" in text
+    assert "[@behzadi2007compcor]" in text
+    assert "by linear interpolation" in text
+    plain = {"toy": {"space": "MNI152NLin2009cAsym"}}
+    text = text_of(config, Facts(data=[data()], attributes=plain))
+    assert "Nothing further was taken out of the signal" in text
+    assert "compcor" not in text
+
+
+def test_models_are_told_from_their_records(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    facts = Facts(data=[data()], trainings=[training(), training("sex", mode="adapters")])
+    found = describe_methods(config, facts)
+    text = found.paragraphs["Models"]
+    assert "77 steps of 4 windows" in text  # as was done; 10000 are configured
+    assert "1,234 parameters" in text
+    assert "to predict sex: low-rank adapters" in text
+    for key in ("dao2024mamba2", "mildenhall2020nerf", "hu2022lora", "yang2022mup"):
+        assert key in found.bibtex
+    assert "PyTorch 2.13.0" in found.paragraphs["Software"]
+    probe = describe_methods(config, Facts(data=[], trainings=[training("sex", mode="probe")]))
+    assert "a linear probe was fitted" in probe.paragraphs["Models"]
+    assert "hu2022lora" not in probe.bibtex
+    unrecorded = Training("toy", "small", 0, "sex", {"subjects": {}}, pd.DataFrame())
+    assert (
+        "Models" not in describe_methods(config, Facts(data=[], trainings=[unrecorded])).paragraphs
+    )
+
+
+def test_statistics_follow_from_the_predictions(tmp_path: Path) -> None:
+    config = make_config(tmp_path, splits={"protocol": "k-fold", "folds": 3, "repeats": 2})
+    plain = describe_methods(make_config(tmp_path), Facts(data=[], evaluations=[of_subjects()]))
+    assert "split once" in plain.paragraphs["Evaluation"]
+    assert "No model was tested on a subject that it was trained" in plain.paragraphs["Evaluation"]
+    for key in ("nadeau2003inference", "bandos2005auc", "guo2017calibration"):
+        assert key not in plain.bibtex
+    folds = of_subjects(classes=True, folds=3)
+    found = describe_methods(config, Facts(data=[], evaluations=[folds]))
+    assert "3-fold cross-validation over subjects, repeated 2 times" in found.markdown
+    for key in ("nadeau2003inference", "bandos2005auc", "guo2017calibration", "holm1979"):
+        assert key in found.bibtex
+    seen = {**folds.notes, "seen_subjects": ["sub-001"]}
+    facts = Facts(data=[], evaluations=[of_subjects().__class__(**{**vars(folds), "notes": seen})])
+    assert "1 test subjects had been used to train a model" in text_of(config, facts)
+
+
+def test_every_citation_has_an_entry_and_every_entry_is_cited(tmp_path: Path) -> None:
+    facts = Facts(
+        data=[data(left_out=1)],
+        trainings=[training(), training("sex")],
+        evaluations=[of_subjects(classes=True)],
+        maps=[{"subjects": 9}],
+        forecasts=True,
+        identified=True,
+        scaled=True,
+        by_snakemake=True,
+    )
+    found = describe_methods(make_config(tmp_path), facts)
+    write_methods(tmp_path, found)
+    text, entries = (tmp_path / name for name in ("methods.md", "references.bib"))
+    keys = re.findall(r"@\w+\{(\w+),", entries.read_text())
+    assert keys == cited_keys(text.read_text())
+    assert {"molder2021snakemake", "finn2015fingerprint", "kaplan2020scaling"} <= set(keys)
+    with pytest.raises(KeyError):
+        bibliography(["nobody1900"])
+
+
+def test_the_references_are_whole() -> None:
+    for key, entry in REFERENCES.items():
+        fields = dict(re.findall(r"(\w+)=\{((?:[^{}]|\{[^{}]*\})*)\}", entry))
+        assert {"author", "title", "year"} <= set(fields), key
+        assert re.fullmatch(r"10\.\d{4,9}/\S+", fields["doi"]) if "doi" in fields else fields["url"]
+        assert entry.count("{") == entry.count("}"), key
+        assert fields["year"] in key, key
