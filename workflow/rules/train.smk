@@ -21,7 +21,8 @@ rule pretrain_model:
         run=TRAINING,
         fold=option_of_fold,
     shell:
-        f"exec neuromamba pretrain {{params.run}} {{params.fold}} --on-change restart" f"{LOGGED}"
+        f"exec neuromamba pretrain {{params.run}} {{params.fold}} --on-change restart"
+        f"{LOGGED}"
 
 
 rule finetune_model:
