@@ -62,7 +62,7 @@ MODEL = f"{ROOT}/{{model}}/seed-{{seed}}"
 RUN = f"--config {ROOT}/config.yaml --dataset {{dataset}}"
 TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
 # Of a cross-validation each fold has a folder and jobs of its own: `{fold}` is then like `/fold-0`.
-FOLDS = [name and f"/{name}" for name in CONFIG.splits.names]
+FOLDS = [os.sep + name if name else "" for name in CONFIG.splits.names]
 SCALING = sorted(CONFIG.scaling.models or CONFIG.models)
 # The rule that runs the jobs of each stage of `neuromamba.stages`.
 RULES = {
