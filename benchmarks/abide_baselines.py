@@ -32,7 +32,13 @@ from neuromamba.tables import read_table
 
 PACKAGES = ("neuromamba", "numpy", "scipy", "scikit-learn")
 FOLDS = 5
-TARGETS = {"asd": ("dx", ["TC", "ASD"]), "sex": ("sex", ["F", "M"])}
+TARGETS: dict[str, tuple[str, list[str]]] = {
+    "asd": ("dx", ["TC", "ASD"]),
+    "sex": ("sex", ["F", "M"]),
+    "age": ("age", []),
+}
+"""Column and classes; no classes for a number."""
+CLASS_METRICS, NUMBER_METRICS = ("AUROC", "balanced accuracy"), ("MAE", "Pearson r")
 
 
 def load(data: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, list[Path]]]:
@@ -64,24 +70,36 @@ def load(data: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, list[Path]]]
 def evaluate(
     people: pd.DataFrame, stores: dict[str, list[Path]], target: str, baselines: list[str]
 ) -> pd.DataFrame:
-    """AUROC and balanced accuracy of each baseline in each fold."""
+    """The metrics of each baseline in each fold."""
     column, classes = TARGETS[target]
     labels = people[column]
     confounds = people[["age", "sex", "site", "mean_fd"]].assign(n_volumes=1.0 * people["n_vols"])
     confounds = confounds.drop(columns=column, errors="ignore")
     settings = Evaluate.model_validate({"baselines": baselines})
     rows = []
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(labels, labels)
+    strata = labels if classes else pd.qcut(labels.rank(method="first"), FOLDS, labels=False)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(labels, strata)
     for fold, (train, test) in enumerate(folds):
         subjects = Subjects(classes, labels.iloc[train], labels.iloc[test], 0)
         predicted, notes = predict_baselines(settings, subjects, stores, confounds, 0)
-        true = (subjects.test == classes[1]).to_numpy()
         for name, table in predicted.items():
-            score = table.iloc[:, 1].to_numpy()
-            figures = (roc_auc_score(true, score), balanced_accuracy_score(true, score > 0.5))
-            rows.append((target, name, fold, *figures, notes[name]["inverse_penalty"]))
-    names = ["target", "baseline", "fold", "auroc", "balanced_accuracy", "inverse_penalty"]
+            for metric, value in score(subjects, table).items():
+                penalty = notes[name]["inverse_penalty"]
+                rows.append((target, name, fold, metric, value, penalty))
+    names = ["target", "baseline", "fold", "metric", "value", "inverse_penalty"]
     return pd.DataFrame(rows, columns=names)
+
+
+def score(subjects: Subjects, table: pd.DataFrame) -> dict[str, float]:
+    """The metrics of one table of predictions."""
+    if not subjects.classes:
+        true, said = subjects.test.to_numpy(float), table["value"].to_numpy()
+        values = (np.abs(true - said).mean(), np.corrcoef(true, said)[0, 1])
+        return dict(zip(NUMBER_METRICS, map(float, values), strict=True))
+    positive = (subjects.test == subjects.classes[1]).to_numpy()
+    share = table.iloc[:, 1].to_numpy()
+    values = (roc_auc_score(positive, share), balanced_accuracy_score(positive, share > 0.5))
+    return dict(zip(CLASS_METRICS, map(float, values), strict=True))
 
 
 def main() -> None:
@@ -102,15 +120,15 @@ def main() -> None:
         head(host, PACKAGES),
         "",
         f"{len(people)} subjects of ABIDE, CC400; mean over {FOLDS} folds, SD over folds in "
-        "brackets.",
+        "brackets. Age in years.",
         "",
-        "| target | baseline | AUROC | balanced accuracy |",
+        "| target | baseline | | |",
         "|---|---|---|---|",
     ]
     for (target, name), part in table.groupby(["target", "baseline"], sort=False):
         cells = [
-            f"{part[metric].mean():.3f} ({part[metric].std():.3f})"
-            for metric in ("auroc", "balanced_accuracy")
+            f"{metric} {values.mean():.3f} ({values.std():.3f})"
+            for metric, values in part.groupby("metric", sort=False)["value"]
         ]
         rows.append(f"| {target} | {name} | {' | '.join(cells)} |")
     text = "\n".join(rows)
