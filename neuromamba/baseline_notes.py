@@ -26,6 +26,7 @@ CONFOUNDS = {
     "tsnr": "tSNR",
     "n_volumes": "number of volumes",
     "n_voxels": "brain size",
+    "std_dvars": "standardised DVARS",
 }
 METHODS = {
     "fc-svm": ("a linear support vector machine", "linear support vector regression"),
@@ -53,11 +54,22 @@ def describe_baselines(notes: dict[str, Any], classes: bool) -> list[str]:
         if facts["folds"] < 2:
             chosen = "not chosen, because the rarest class has one subject among them"
         told.append(
-            f"{BASELINES[name]}: {method} on {features}, trained on the {notes['n_train']} "
-            f"labelled subjects of the training and validation parts; inverse penalty "
-            f"{facts['inverse_penalty']:g}, {chosen}"
+            f"{BASELINES[name]}: {method} on {features}, trained on {_learnt_from(notes)} of the "
+            f"training and validation parts; inverse penalty {facts['inverse_penalty']:g}, {chosen}"
+        )
+    if left_out := notes.get("baselines_left_out"):
+        told.append(
+            f"{join([BASELINES[name] for name in left_out])}: left out, because nothing that it "
+            "would be told by is known to differ between the states of a subject"
         )
     return told
+
+
+def _learnt_from(notes: dict[str, Any]) -> str:
+    if "samples" not in notes:
+        return f"the {notes['n_train']} labelled subjects"
+    samples = notes["samples"]["train"]
+    return f"{samples} samples (subjects in a state) of the {notes['n_train']} labelled subjects"
 
 
 def _describe_features(facts: dict[str, Any]) -> str:

@@ -12,16 +12,19 @@ import pandas as pd
 
 from neuromamba.baselines import Subjects, predict_baselines
 from neuromamba.config import Config
-from neuromamba.confound_model import confounds_of
+from neuromamba.confound_model import confounds_of, state_confounds
+from neuromamba.events import sample_name, state_of, subject_of
+from neuromamba.excerpts import Excerpt
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
 from neuromamba.participants import read_participants
-from neuromamba.qc_rules import left_out
 from neuromamba.splits import read_split
-from neuromamba.stage import usable_runs
+from neuromamba.states import good_runs, read_states, usable_of
 from neuromamba.tables import read_table, write_table
 
 PREDICTIONS = "predictions.tsv"
+BY_SUBJECT = ("fc-combat",)
+"""Baselines that take out what is the same in all states of a subject: there is nothing to take."""
 
 
 def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
@@ -35,11 +38,13 @@ def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
         When too few subjects have a label, or the training subjects have one class.
     """
     settings = config.datasets[dataset]
-    kind = settings.targets[target]
+    if target in settings.state_targets:
+        return choose_samples(config, dataset, target)
+    kind = settings.subject_targets[target]
     split = read_split(Layout.of(config, dataset).split)
     everybody = [*split["train"], *split["validation"], *split["test"]]
     labels = read_participants(settings)[target].reindex(everybody).dropna()
-    has_runs = labels.index.isin(_good_runs(config, dataset)["subject"])
+    has_runs = labels.index.isin(good_runs(config, dataset)["subject"])
     lost, labels = int((~has_runs).sum()), labels[has_runs]
     train = labels.reindex(sorted([*split["train"], *split["validation"]])).dropna()
     test = labels.reindex(split["test"]).dropna()
@@ -55,9 +60,46 @@ def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
             f"{where} has the one value {train.iloc[0]!r} for all {len(train)} training subjects; "
             "there is nothing to tell apart: correct the target's `classes` or remove the target"
         )
-    classes = list(kind.classes) if kind.kind == "classification" else []
     unlabelled = len(everybody) - lost - len(train) - len(test)
-    return Subjects(classes, train, test, unlabelled, lost)
+    return Subjects(kind.class_names, train, test, unlabelled, lost)
+
+
+def choose_samples(config: Config, dataset: str, target: str) -> Subjects:
+    """The samples of a target that is a state: each subject in each state that it was in.
+
+    They are those that windows of every model of the config find, so that all predict the same.
+
+    Raises
+    ------
+    InputError
+        When there are no events, too few subjects have a sample, or training has one state.
+    """
+    settings = config.datasets[dataset]
+    spec = settings.state_targets[target]
+    split = read_split(Layout.of(config, dataset).split)
+    states = read_states(config, dataset, target)
+    found = states.samples(model.volumes for model in config.models.values())
+    names = pd.Series(found, dtype=int).map(dict(enumerate(spec.class_names)))
+    people = names.index.map(subject_of)
+    train = names[people.isin([*split["train"], *split["validation"]])].sort_index()
+    test = names[people.isin(split["test"])].sort_index()
+    counts = [one.index.map(subject_of).nunique() for one in (train, test)]
+    where = f"{settings.events_folder}: column {spec.column!r} of the events (target {target!r})"
+    if min(counts) < 2:
+        raise InputError(
+            f"{where} gives a state to {counts[0]} training and {counts[1]} test subject(s); "
+            "evaluation needs 2 of each: look at the target's classes, lag and share, or add "
+            "subjects"
+        )
+    if train.nunique() < 2:
+        raise InputError(
+            f"{where} gives the one state {train.iloc[0]!r} to all training subjects; there is "
+            "nothing to tell apart: correct the target's `classes` or remove the target"
+        )
+    usable = set(usable_of(config, dataset)["subject"])
+    everybody = [name for part in split.values() for name in part]
+    unlabelled = len(usable & set(everybody)) - sum(counts)
+    return Subjects(spec.class_names, train, test, unlabelled)
 
 
 def run_baselines(config: Config, dataset: str, target: str) -> None:
@@ -76,7 +118,12 @@ def run_baselines(config: Config, dataset: str, target: str) -> None:
         for name, table in predicted.items()
     ]
     together = pd.concat(tables, ignore_index=True)
-    write_table(folder / PREDICTIONS, together[["subject", "predictor", *subjects.columns]])
+    columns = ["subject", "predictor", *subjects.columns]
+    if target in config.datasets[dataset].state_targets:
+        samples = together["subject"]
+        together = together.assign(subject=samples.map(subject_of), state=samples.map(state_of))
+        columns.insert(1, "state")
+    write_table(folder / PREDICTIONS, together[columns])
     write_json(folder / "notes.json", notes)
 
 
@@ -93,8 +140,11 @@ def read_baselines(
     folder = Layout.of(config, dataset).baselines(target)
     if not (folder / "notes.json").exists():
         raise InputError(f"{folder}: the baselines have not been predicted; run that stage first")
-    kinds = {"subject": str, "predictor": str}
+    kinds = dict.fromkeys(("subject", "state", "predictor"), str)
     table = read_table(folder / PREDICTIONS, dtype=kinds)
+    if "state" in table:
+        pairs = zip(table["subject"], table["state"], strict=True)
+        table["subject"] = [sample_name(*pair) for pair in pairs]
     notes = read_json(folder / "notes.json")
     predicted = {}
     for name in notes:
@@ -115,22 +165,33 @@ def predict_references(
 
     Seeded by `splits.seed`: the baselines are the same beside every model and every model's seed.
     """
-    runs = _good_runs(config, dataset)
+    if target in config.datasets[dataset].state_targets:
+        return _predict_states(config, dataset, target, subjects)
+    runs = good_runs(config, dataset)
     stores, confounds = _stores(config, dataset, runs), confounds_of(config, dataset, target, runs)
     return predict_baselines(config.evaluate, subjects, stores, confounds, config.splits.seed)
 
 
-def _good_runs(config: Config, dataset: str) -> pd.DataFrame:
-    """Runs that have tokens and ROI series and are good enough: `run`, `subject`."""
-    layout = Layout.of(config, dataset)
-    index = read_table(layout.index, dtype={"run": str, "subject": str})
-    batches = range(config.compute.batches)
-    usable = [
-        set(usable_runs([layout.manifest(stage, batch) for batch in batches]))
-        for stage in ("tokens", "rois")
-    ]
-    good = (usable[0] & usable[1]) - set(left_out(config, dataset))
-    return index.loc[index["run"].isin(list(good)), ["run", "subject"]]
+def _predict_states(
+    config: Config, dataset: str, target: str, subjects: Subjects
+) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
+    """`predict_references` of samples, without the baselines that know nothing of a state.
+
+    Age or site are the same in all states of a subject. Head motion is not, where it is known.
+    """
+    layout, states = Layout.of(config, dataset), read_states(config, dataset, target)
+    stores = {}
+    for sample in [*subjects.train.index, *subjects.test.index]:
+        number = subjects.classes.index(state_of(sample))
+        runs = states.runs[subject_of(sample)]
+        taken = [(layout.array("rois", run), states.labels[run] == number) for run in runs]
+        stores[sample] = [Excerpt(tuple(part for part in taken if part[1].any()))]
+    confounds = state_confounds(config, dataset, target, list(stores))
+    known = confounds.loc[subjects.train.index].nunique().gt(1).any()
+    without = BY_SUBJECT if known else (*BY_SUBJECT, "confounds", "fc-regress")
+    kept = [name for name in config.evaluate.baselines if name not in without]
+    settings = config.evaluate.model_copy(update={"baselines": kept})
+    return predict_baselines(settings, subjects, stores, confounds, config.splits.seed)
 
 
 def _stores(config: Config, dataset: str, runs: pd.DataFrame) -> dict[str, list[Path]]:

@@ -13,6 +13,9 @@
 All predict the same test subjects. They learn from the training *and* validation parts of the
 split: the model uses its validation subjects to choose a step, a baseline uses all of them to
 choose a penalty, and neither sees a test subject.
+
+Of states the features are those of the volumes of each state (`neuromamba.excerpts`), and a sample,
+which is a subject in a state, stands in the place of a subject.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ import pandas as pd
 from neuromamba.combat import fit_combat
 from neuromamba.config import Evaluate
 from neuromamba.confound_model import design
+from neuromamba.events import subject_of
 from neuromamba.files import InputError
+from neuromamba.inner_folds import grouped_folds
 from neuromamba.linear_models import Confounds, Method, predict_class, predict_number
 from neuromamba.metrics import PROBABILITY
 from neuromamba.roi_features import Connectivity, Stores, load_connectivity
@@ -61,7 +66,7 @@ class Subjects:
         Class names, the positive one last; empty for a number.
     train, test
         True label of each subject that has one, sorted by subject: `train` holds the training and
-        the validation part of the split.
+        the validation part of the split. Of states, of each sample.
     unlabelled, without_runs
         Subjects of the split without a label, and with one but without a usable run.
     """
@@ -76,6 +81,16 @@ class Subjects:
     def columns(self) -> list[str]:
         """What a table of predictions has: `prob_<class>`, or `value`."""
         return [PROBABILITY + name for name in self.classes] or ["value"]
+
+    @property
+    def people(self) -> list[str]:
+        """Whose the rows of `train` are."""
+        return [subject_of(name) for name in self.train.index]
+
+    @property
+    def tested(self) -> list[str]:
+        """The subjects that are tested, each once."""
+        return sorted({subject_of(name) for name in self.test.index})
 
 
 def predict_baselines(
@@ -202,7 +217,11 @@ def _predict(
     if subjects.classes:
         present = [name for name in subjects.classes if (subjects.train == name).any()]
         labels = np.array([present.index(name) for name in subjects.train], dtype=np.int64)
-        values, chosen = predict_class(train, labels, test, *how)
+        people = subjects.people
+        several = people if len(set(people)) < len(people) else None
+        if several:
+            folds = len(grouped_folds(labels, people, folds, seed) or [0])
+        values, chosen = predict_class(train, labels, test, *how, several)
         table = pd.DataFrame(values, index, [PROBABILITY + name for name in present])
         table = table.reindex(columns=subjects.columns, fill_value=0.0)
         return table, {"inverse_penalty": chosen, "folds": folds}

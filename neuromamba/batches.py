@@ -227,15 +227,26 @@ class Windows:
         subject = subjects[self._order(seed, epoch, len(subjects))[turn]]
         runs = self.runs[subject]
         run = runs[int(rng.integers(len(runs)))]
-        return Window(subject, run, int(rng.integers(self._positions[run])))
+        starts = self.starts(subject, run)
+        return Window(subject, run, int(starts[int(rng.integers(len(starts)))]))
+
+    def starts(self, subject: str, run: str) -> Sequence[int]:
+        """Where a subject's windows in a run may begin, in time patches."""
+        return range(self._positions[run])
+
+    @property
+    def people(self) -> list[str]:
+        """Whose runs they are, where a name among `subjects` is of a part of somebody's runs."""
+        return self.subjects
 
     def spaced(self, count: int, subjects: Sequence[str] | None = None) -> list[Window]:
         """`count` windows of each run as `spaced` places them, fewer where it has fewer starts."""
         windows = []
         for subject in self.subjects if subjects is None else subjects:
             for run in self.runs[subject]:
-                starts = spaced(self._positions[run] - 1, count)
-                windows += [Window(subject, run, int(start)) for start in starts]
+                starts = self.starts(subject, run)
+                places = spaced(len(starts) - 1, count)
+                windows += [Window(subject, run, int(starts[place])) for place in places]
         return windows
 
     def batch(self, windows: Sequence[Window]) -> Batch:

@@ -20,6 +20,7 @@ from neuromamba.bids_scan import find_runs
 from neuromamba.check_effort import Effort, estimate_effort
 from neuromamba.check_effort import as_table as effort_table
 from neuromamba.check_engine import check_engine
+from neuromamba.check_events import check_events
 from neuromamba.check_labels import Labels, check_labels
 from neuromamba.check_labels import as_table as labels_table
 from neuromamba.check_raw import check_raw_runs
@@ -104,6 +105,10 @@ def check_dataset(config: Config, name: str) -> Check:
         findings.append(Finding("blocked", "", "no usable run: see why they are left out"))
     chosen = [run.subject for run in runs if run.status != "not selected"]
     labels = check_labels(config, dataset, sorted({run.subject for run in used}), chosen)
+    of_states, counts = check_events(dataset, used)
+    labels = Labels(
+        [*labels.findings, *of_states], pd.concat([labels.counts, counts], ignore_index=True)
+    )
     effort = estimate_effort(config, used, raw)
     findings += [*labels.findings, *effort.findings]
     findings += [finding for run in runs for finding in run.findings]

@@ -56,11 +56,12 @@ def check_labels(
     findings = [Finding("warning", "", str(warning.message)) for warning in caught]
     facts = participants.reindex(sorted(used))
     if dataset.participants is None:
-        note = "no table of subjects: the dataset YAML names no participants, so no targets"
+        none = "so no targets" + " but states" * bool(dataset.state_targets)
+        note = f"no table of subjects: the dataset YAML names no participants, {none}"
         findings.append(Finding("note", "", note))
     else:
         findings += _compare(dataset.participants.file, participants, used, with_scans)
-        for target in dataset.targets:
+        for target in dataset.subject_targets:
             findings += _missing(facts[target], target, dataset.participants.file)
     findings += _parts(config, dataset, used, participants)
     return Labels(findings, _counts(dataset, facts))
@@ -120,7 +121,7 @@ def _parts(
     split = split_subjects(list(used), participants, dataset, config.splits)
     part = split.set_index("subject")["part"]
     findings = []
-    for name, target in dataset.targets.items():
+    for name, target in dataset.subject_targets.items():
         labels = participants[name].reindex(part.index)
         if labels.isna().all():
             continue
@@ -149,7 +150,7 @@ def _parts(
 def _counts(dataset: Dataset, facts: pd.DataFrame) -> pd.DataFrame:
     rows = []
     site = facts["site"].fillna("n/a")
-    for name, target in dataset.targets.items():
+    for name, target in dataset.subject_targets.items():
         values = facts[name]
         known = values if target.kind == "classification" else values.where(values.isna(), "any")
         known = known.astype("object").fillna("n/a")

@@ -25,7 +25,7 @@ import pandas as pd
 from neuromamba.baseline_notes import BASELINES
 from neuromamba.files import InputError, digest_json, read_json
 from neuromamba.metrics import class_names, read_predictions
-from neuromamba.predictors import PROBABILITY, read_predictors
+from neuromamba.predictors import PROBABILITY, name_samples, read_predictors
 
 FILE = "predictions.tsv"
 PLACES = [
@@ -76,8 +76,8 @@ class Entry:
 
     @property
     def test(self) -> pd.DataFrame:
-        """Who was tested: `subject`, `fold` (empty for a holdout), `y_true`, sorted."""
-        own = self.predictions[self.predictions["predictor"] == self.model]
+        """Who was tested: `subject` (and state), `fold` (empty for a holdout), `y_true`, sorted."""
+        own = name_samples(self.predictions[self.predictions["predictor"] == self.model])
         test = own.assign(fold=own.get("fold", ""))[["subject", "fold", "y_true"]]
         if not class_names(self.predictions):
             test = test.assign(y_true=test["y_true"].astype(float))
@@ -258,7 +258,7 @@ def find_references(group: Sequence[Entry]) -> list[Reference]:
 
 def agree(first: pd.DataFrame, other: pd.DataFrame) -> bool:
     """Whether two tables of one baseline's predictions of the same test are so but for rounding."""
-    order = ["fold", "subject"] if "fold" in first else ["subject"]
+    order = [name for name in ("fold", "subject", "state") if name in first]
     tables = [table.sort_values(order) for table in (first, other)]
     columns = [PROBABILITY + name for name in class_names(first)] or ["y_pred"]
     one, two = (table[columns].astype(float).to_numpy() for table in tables)

@@ -27,11 +27,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from neuromamba.config import Config, Dataset
+from neuromamba.events import (
+    NONE,
+    EventFiles,
+    label_volumes,
+    read_events,
+    sample_name,
+    subject_of,
+)
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.participants import read_rows
-from neuromamba.qc_metrics import read_motion
+from neuromamba.qc_metrics import Motion, read_motion
 from neuromamba.stage import read_manifest
+from neuromamba.states import usable_of
 from neuromamba.tables import read_table
 
 CATEGORIES = ("sex", "site")
@@ -79,8 +88,8 @@ def _column_of(name: str, settings: Dataset, columns: Sequence[str]) -> str | No
     """The column of the table of subjects that tells a confound."""
     if name == "site":
         return settings.participants.site_column if settings.participants else None
-    if name in settings.targets:
-        return settings.targets[name].column
+    if name in settings.subject_targets:
+        return settings.subject_targets[name].column
     return next((column for column in columns if _plain(column) == name), None)
 
 
@@ -110,16 +119,61 @@ def _of_runs(config: Config, dataset: str, runs: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def state_confounds(
+    config: Config, dataset: str, target: str, samples: Sequence[str]
+) -> pd.DataFrame:
+    """What head motion tells of samples, which are subjects in states.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by sample: `mean_fd` (mm) and `std_dvars`, means over the volumes of the state; NaN
+        where they are not known. Without columns where `evaluate.confounds` does not name mean_fd.
+    """
+    if "mean_fd" not in config.evaluate.confounds:
+        return pd.DataFrame(index=list(samples))
+    layout, settings = Layout.of(config, dataset), config.datasets[dataset]
+    spec, files = settings.state_targets[target], EventFiles(settings.events_folder)
+    index = read_table(layout.index, dtype={"run": str, "subject": str, "confounds": str})
+    index = index[index["run"].isin(usable_of(config, dataset)["run"])]
+    wanted = {subject_of(sample) for sample in samples}
+    volumes = []
+    for row in index[index["subject"].isin(wanted)].to_dict("records"):
+        events = files.find(row["run"])
+        motion = _motion(row.get("confounds"), int(row["n_volumes"]))
+        if events is None or motion is None:
+            continue
+        step = float(row["repetition_time"])
+        times = np.arange(int(row["n_volumes"])) * step
+        states = label_volumes(times, step, read_events(events, spec), spec.lag)
+        of_run = pd.DataFrame({"state": states, "subject": row["subject"]})
+        for name, values in (("mean_fd", motion.fd), ("std_dvars", motion.std_dvars)):
+            of_run[name] = np.nan if values is None else values
+        volumes.append(of_run[of_run["state"] != NONE])
+    if not volumes:
+        return pd.DataFrame(index=list(samples))
+    together = pd.concat(volumes)
+    names = together["state"].map(dict(enumerate(spec.class_names)))
+    pairs = zip(together["subject"], names, strict=True)
+    means = together[["mean_fd", "std_dvars"]].groupby([sample_name(*pair) for pair in pairs])
+    return means.mean().reindex(list(samples))
+
+
 def _mean_fd(path: object, n_volumes: float) -> float:
+    motion = _motion(path, int(n_volumes))
+    return np.nan if motion is None or motion.fd is None else float(np.nanmean(motion.fd))
+
+
+def _motion(path: object, n_volumes: int) -> Motion | None:
+    """The motion that a run's confounds tell; `None` where it has none."""
     if not isinstance(path, str):
-        return np.nan
+        return None
     if not Path(path).exists():
         raise InputError(
             f"{path} is not there, which the index names: bring the confounds back, or leave "
             "mean_fd out of evaluate.confounds"
         )
-    fd = read_motion(path, int(n_volumes)).fd
-    return np.nan if fd is None else float(np.nanmean(fd))
+    return read_motion(path, n_volumes)
 
 
 def design(

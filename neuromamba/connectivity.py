@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
+from neuromamba.excerpts import Excerpt
 from neuromamba.files import InputError
 
 VARIABLES = {"pearson": "fc", "partial": "fc_partial"}
@@ -64,14 +65,19 @@ def fisher_z(correlation: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     return np.arctanh(np.clip(correlation, -LARGEST_R, LARGEST_R))
 
 
-def read_z(store: Path, kind: str | None = None) -> tuple[str, npt.NDArray[np.float64]]:
+def read_z(store: Path | Excerpt, kind: str | None = None) -> tuple[str, npt.NDArray[np.float64]]:
     """A kind of connectivity of a ROI store (the first by default), and its Fisher z.
+
+    That of an excerpt is computed from its series.
 
     Raises
     ------
     InputError
         When the store is unreadable, of an older version, or without this kind.
     """
+    if isinstance(store, Excerpt):
+        found = kind or store.connectivity
+        return found, np.asarray(fisher_z(connectivity(store.read(), found)), dtype=np.float64)
     try:
         with xarray.open_zarr(store, chunks=None) as rois:
             found = kind or str(rois.attrs["connectivity"][0])

@@ -21,6 +21,7 @@ from neuromamba.baseline_predictions import choose_subjects, read_baselines
 from neuromamba.baselines import BASELINES, Subjects, no_features
 from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config
+from neuromamba.events import state_of, subject_of
 from neuromamba.files import InputError, write_json
 from neuromamba.finetune import predict_subjects
 from neuromamba.layout import Layout
@@ -56,7 +57,8 @@ def predict_model(
     Returns
     -------
     pandas.DataFrame
-        Indexed by subject in the order of `subjects.test`: `prob_<class>` columns, or `value`.
+        Indexed by subject (of states, by sample) in the order of `subjects.test`: `prob_<class>`
+        columns, or `value`.
     """
     test = list(subjects.test.index)
     predicted = predict_subjects(config, dataset, model, seed, target, test).set_index("subject")
@@ -76,11 +78,15 @@ def tabulate(name: str, predicted: pd.DataFrame, subjects: Subjects) -> pd.DataF
     Returns
     -------
     pandas.DataFrame
-        Columns `subject`, `predictor`, `y_true`, `y_pred` (most probable class, or value),
-        `y_score` (probability of the positive class of two, else missing), `prob_<class>`.
+        Columns `subject`, `state` (of states alone, and then the same as `y_true`), `predictor`,
+        `y_true`, `y_pred` (most probable class, or value), `y_score` (probability of the positive
+        class of two, else missing), `prob_<class>`.
     """
-    table = pd.DataFrame({"subject": predicted.index, "predictor": name})
-    table["y_true"] = subjects.test.loc[predicted.index].to_numpy()
+    samples = predicted.index
+    table = pd.DataFrame({"subject": samples.map(subject_of), "predictor": name})
+    if state_of(samples[0]):
+        table.insert(1, "state", samples.map(state_of))
+    table["y_true"] = subjects.test.loc[samples].to_numpy()
     if not subjects.classes:
         table["y_pred"] = predicted["value"].to_numpy()
         return table.assign(y_score=np.nan)
@@ -105,7 +111,7 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
         raise InputError(f"models: {model!r} is the name of a baseline; rename its YAML file")
     subjects = choose_subjects(config, dataset, target)
     info = load_model_info(layout.finetune(model, seed, target))
-    seen = find_seen(config, dataset, info, list(subjects.test.index))
+    seen = find_seen(config, dataset, info, subjects.tested)
     baselines, baseline_notes = read_baselines(config, dataset, target, subjects)
     constant = "majority" if subjects.classes else "mean"
     share = no_features(subjects.train, subjects.classes)
@@ -117,15 +123,18 @@ def run_evaluate(config: Config, dataset: str, model: str, seed: int, target: st
     }
     tables = [tabulate(name, table, subjects) for name, table in predicted.items()]
     write_table(folder / "predictions.tsv", pd.concat(tables, ignore_index=True))
-    notes = {
-        "n_train": len(subjects.train),
-        "n_test": len(subjects.test),
+    notes: dict[str, Any] = {
+        "n_train": len(set(subjects.people)),
+        "n_test": len(subjects.tested),
         "n_unlabelled": subjects.unlabelled,
         "n_without_runs": subjects.without_runs,
         "classes": subjects.classes,
         "train_labels": share,
         "baselines": baseline_notes,
+        "baselines_left_out": sorted({*config.evaluate.baselines} - {*baselines}),
         "seen_subjects": seen,
     }
+    if target in config.datasets[dataset].state_targets:
+        notes["samples"] = {"train": len(subjects.train), "test": len(subjects.test)}
     write_json(folder / "notes.json", notes)
     write_metrics(folder, model, config)

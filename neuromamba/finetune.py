@@ -14,13 +14,16 @@ Design choices
   predicted.
 - The step to keep is chosen by the loss on the validation subjects alone.
 - The last step is the calibration for new scans (see `calibrate`), without which there is no model.
+- A state is told of a part of a run, so samples (`neuromamba.states`) take the place of subjects:
+  they take turns in training, and are predicted by their windows. What is predicted of a whole scan
+  would mean nothing, so there is no calibration for it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ from neuromamba.adapters import add_adapters, remove_adapters
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
 from neuromamba.calibrate import only_uncalibrated, run_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
-from neuromamba.config import Classification, Config, Finetune
+from neuromamba.config import Classification, Config, Finetune, State
+from neuromamba.events import state_of, subject_of
 from neuromamba.files import InputError, digest_json
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead, make_unscaled
 from neuromamba.layout import Layout
@@ -46,7 +50,12 @@ from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
 from neuromamba.splits import read_split
 from neuromamba.stage_settings import target_settings
+from neuromamba.state_windows import windows_of
+from neuromamba.states import States, read_states
 from neuromamba.trained import Facts, already_there, train_and_save
+
+SHOWN = 5
+"""Runs whose reasons are told."""
 
 
 def run_finetune(
@@ -75,35 +84,59 @@ def run_finetune(
     pretrain = Layout.of(config, source).pretrain(pretrained, seed)
     settings = config.models[model].finetune
     earlier = load_model_info(pretrain)
-    labels = read_labels(config, dataset, target)
+    labels, states = read_samples(config, dataset, model, target)
     subjects, unlabelled = labelled_subjects(layout, labels)
     used = {name: labels[name] for part in PARTS for name in subjects[part]}
-    runs = list_runs(config, dataset, used)
+    runs = list_runs(config, dataset, {subject_of(name) for name in used})
     record = make_record(config, dataset, model, seed, settings, runs)
     refuse_other_settings(pretrain, earlier, record["settings"])
     record["settings"]["target"] = target_settings(config.datasets[dataset], target)
     if settings.mode == "probe":
         record["settings"]["inner_folds"] = config.evaluate.inner_folds
     record["inputs"] |= {"labels": digest_json(used), "pretrained": earlier["files"]}
-    trained = only_uncalibrated(folder, record, on_change)
+    if states is not None:
+        record["inputs"]["states"] = states.digest
+    trained = states is None and only_uncalibrated(folder, record, on_change)
     if not trained and already_there(folder, record, on_change):
         return
     task = make_task(config, dataset, target, subjects, labels)
-    if any(unlabelled.values()):
-        counts = ", ".join(f"{count} of part {part}" for part, count in unlabelled.items())
-        tqdm.write(f"{dataset}: left out for want of a label {target!r}: {counts}", sys.stderr)
+    tell_left_out(f"{dataset}, {target}", unlabelled, states)
     backbone = make_network(config, model, seed)
     load_weights(backbone, pretrain)
     probe = settings.mode == "probe"
     network = HeadedModel(backbone, task, settings.head_dropout, settings.mode != "full", probe)
-    windows = open_windows(config, dataset, model, network, subjects, runs)
+    people = {part: sorted({*map(subject_of, names)}) for part, names in subjects.items()}
+    kind = windows_of(states, used, config.models[model].volumes) if states else Windows
+    windows = open_windows(config, dataset, model, network, people, runs, kind)
     network = network.to(choose_device(config.compute.device))
     if not trained:
         facts = {"target": target, "unlabelled": unlabelled, "scaling": task.describe()}
         facts["pretrained_from"] = ancestry(earlier)
         train = probe_and_save if probe else train_by_gradient
         train(network, settings, windows, used, folder, record, config, on_change, facts)
-    run_calibration(config, dataset, folder, network, windows, used, settings)
+    if states is None:
+        run_calibration(config, dataset, folder, network, windows, used, settings)
+
+
+def read_samples(
+    config: Config, dataset: str, model: str, target: str
+) -> tuple[Mapping[str, int | float], States | None]:
+    """The label of each subject; or, of a state, that of each sample, and what tells it."""
+    if target not in config.datasets[dataset].state_targets:
+        return read_labels(config, dataset, target), None
+    states = read_states(config, dataset, target)
+    return states.samples([config.models[model].volumes]), states
+
+
+def tell_left_out(what: str, unlabelled: Mapping[str, int], states: States | None) -> None:
+    """Tell the user how many subjects, and which runs of a state's target, have no label."""
+    if any(unlabelled.values()):
+        counts = ", ".join(f"{count} of part {part}" for part, count in unlabelled.items())
+        tqdm.write(f"{what}: left out for want of a label: {counts}", sys.stderr)
+    reasons = list(states.left_out.values()) if states else []
+    if reasons:
+        more = f" (and {len(reasons) - SHOWN} more)" if len(reasons) > SHOWN else ""
+        tqdm.write(f"{what}: runs left out: {'; '.join(reasons[:SHOWN])}{more}", sys.stderr)
 
 
 def train_by_gradient(
@@ -145,16 +178,19 @@ def standardize(network: HeadedModel, train: Windows, settings: Finetune) -> Non
 def labelled_subjects(
     layout: Layout, labels: Mapping[str, int | float]
 ) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """The subjects of each part that have a label, and how many have none."""
+    """The subjects (or samples) of each part that have a label, and how many subjects have none."""
     split = read_split(layout.split)
-    subjects = {part: [name for name in split[part] if name in labels] for part in PARTS}
-    return subjects, {part: len(split[part]) - len(subjects[part]) for part in PARTS}
+    of_subject: dict[str, list[str]] = {}
+    for name in sorted(labels):
+        of_subject.setdefault(subject_of(name), []).append(name)
+    subjects = {part: [n for one in split[part] for n in of_subject.get(one, [])] for part in PARTS}
+    return subjects, {part: len({*split[part]} - {*of_subject}) for part in PARTS}
 
 
 def read_labels(config: Config, dataset: str, target: str) -> dict[str, int | float]:
     """The label of each subject that has one: the number of its class, or its value."""
     settings = config.datasets[dataset]
-    spec = settings.targets[target]
+    spec = settings.subject_targets[target]
     labels = read_participants(settings)[target].dropna()
     if isinstance(spec, Classification):
         number = {name: k for k, name in enumerate(spec.classes)}
@@ -179,6 +215,8 @@ def make_task(
     settings = config.datasets[dataset]
     spec = settings.targets[target]
     file = settings.participants.file if settings.participants else dataset
+    if isinstance(spec, State):
+        file = f"the events in {settings.events_folder}"
     where = f"{file}: column {spec.column!r} (target {target!r})"
     for part in PARTS:
         if not subjects[part]:
@@ -190,17 +228,17 @@ def make_task(
     counts = Counter(values)
     if len(counts) == 1:
         what = (
-            f"only class {list(spec.classes)[int(values[0])]!r}"
-            if isinstance(spec, Classification)
+            f"only class {spec.class_names[int(values[0])]!r}"
+            if spec.class_names
             else f"only the value {values[0]:g}"
         )
         raise InputError(
             f"{where} has {what} for all {len(values)} training subjects, so there is nothing to "
             "learn; check the column and the target's `classes`, or remove the target"
         )
-    if isinstance(spec, Classification):
+    if spec.class_names:
         share = {k: len(values) / (len(counts) * count) for k, count in counts.items()}
-        return ClassHead([share.get(k, 0.0) for k in range(len(spec.classes))])
+        return ClassHead([share.get(k, 0.0) for k in range(len(spec.class_names))])
     return NumberHead(float(np.mean(values)), float(np.std(values)))
 
 
@@ -233,8 +271,8 @@ def predict_subjects(
     Returns
     -------
     pandas.DataFrame
-        One row for each of `subjects`, in their order: `subject`, and `prob_<class>` for each class
-        or `value`, float64.
+        One row for each of `subjects` (of states, samples), in their order: `subject`, and
+        `prob_<class>` for each class or `value`, float64.
 
     Raises
     ------
@@ -248,13 +286,17 @@ def predict_subjects(
     settings = make_settings(config, model, section.finetune, seed)
     settings["target"] = target_settings(config.datasets[dataset], target)
     refuse_other_settings(folder, load_model_info(folder), settings)
-    classes = list(spec.classes) if isinstance(spec, Classification) else []
+    classes = spec.class_names
     network = make_unscaled(make_network(config, model, seed), classes, section.finetune.mode)
     load_weights(network, folder)
     network.to(choose_device(config.compute.device)).eval()
-    runs = list_runs(config, dataset, subjects)
+    runs = list_runs(config, dataset, {subject_of(name) for name in subjects})
     readers = make_readers(network, layout, section, config.tokens)
-    windows = Windows(group_runs(runs), readers, config.compute.max_excluded)
+    kind: Callable[..., Windows] = Windows
+    if isinstance(spec, State):
+        wanted = {name: classes.index(state_of(name)) for name in subjects}
+        kind = windows_of(read_states(config, dataset, target), wanted, section.volumes)
+    windows = kind(group_runs(runs), readers, config.compute.max_excluded)
     lost = [subject for subject in subjects if subject not in windows.runs]
     if lost:
         reasons = "; ".join(windows.left_out.values()) or f"see {layout.excluded}"

@@ -14,6 +14,7 @@ import pandas as pd
 from neuromamba.anat_scan import Anatomical, find_anatomicals
 from neuromamba.atlases import atlas_digest, is_named
 from neuromamba.config import Config
+from neuromamba.events import EventFiles
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.listing import LISTING_COLUMNS, list_runs_of
@@ -39,6 +40,7 @@ class Inputs(ABC):
         self._listings: dict[str, pd.DataFrame] = {}
         self._trained_on: dict[tuple[str, str], list[str]] = {}
         self._labels: dict[str, pd.DataFrame] = {}
+        self._events: dict[str, str] = {}
         self._outside: dict[Job, dict[str, str]] = {}
         self._images: dict[str, list[Anatomical]] = {}
         self._digests: dict[str, str] = {}
@@ -77,7 +79,9 @@ class Inputs(ABC):
         data: list[Any] = []
         for name in self.config.members(job.dataset):
             data += self._subjects_and_runs(name, job.fold)
-            if job.stage not in ("pretrain", "forecast", "identify"):
+            if job.target in self.config.datasets[name].state_targets:
+                data.append(self._events_digest(job, name))
+            elif job.stage not in ("pretrain", "forecast", "identify"):
                 data.append(self._labels_digest(job, name))
             if job.stage == "baselines":
                 data.append(self._facts_digest(job, name))
@@ -167,6 +171,21 @@ class Inputs(ABC):
         participants = self.config.datasets[dataset].participants
         file = participants.file if participants else None
         return self._digest(job, f"labels of {dataset}", file, digest)
+
+    def _events_digest(self, job: Job, dataset: str) -> str | None:
+        """Digest of the events of the split's subjects' runs."""
+        folder = self.config.datasets[dataset].events_folder
+
+        def digest() -> str:
+            if dataset not in self._events:
+                runs, files = self._listing(dataset), EventFiles(folder)
+                known = runs.loc[runs["subject"].isin(set(self._subjects(dataset))), "run"]
+                found = {run: files.find(run) for run in known}
+                content = {run: path and digest_file(path) for run, path in found.items()}
+                self._events[dataset] = digest_json(content)
+            return self._events[dataset]
+
+        return self._digest(job, f"events of {dataset}", folder, digest)
 
     def _facts_digest(self, job: Job, dataset: str) -> str | None:
         """Digest of all that the table tells of the split's subjects, which confounds come from."""

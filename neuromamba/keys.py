@@ -150,7 +150,9 @@ class Keys(Inputs):
             return "it failed, and other limits of memory or time are set now"
         if self.is_below_stale(job):
             return FOLLOWS
-        return "what it works on has changed: runs, labels, atlas, batches or weights to start from"
+        return (
+            "what it works on has changed: runs, labels, events, atlas, batches or initial weights"
+        )
 
     def came_later(self, dataset: str) -> list[str]:
         """Subjects with data that are in no part of the dataset's split, which is older."""

@@ -11,6 +11,7 @@ Design choices
   A kernel that is linear in the features is the same as the features themselves.
 - Features are centred, not standardised: it was the better of the two on ABIDE (0.81 against 0.80).
 - The penalty is chosen by cross-validation within the training subjects, by AUROC or squared error.
+  Where a subject has several rows, of several states, all of them are in one inner fold.
   The rotation and what fills missing values use no labels, and are shared by the inner folds.
 - Confounds are regressed out of the features by least squares, within each fold: what is taken from
   a held-out subject was estimated without it. Regression commutes with the rotation.
@@ -27,6 +28,7 @@ Sources: He et al. 2020 (doi:10.1016/j.neuroimage.2019.116276) for the kernel; S
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +41,7 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC, SVR
 
+from neuromamba.inner_folds import Splits, grouped_folds
 from neuromamba.weighted_metrics import mean_auroc
 
 PENALTIES = np.logspace(-3, 4, 8)
@@ -141,6 +144,7 @@ def predict_class(
     seed: int,
     method: Method = "linear",
     confounds: Confounds | None = None,
+    people: Sequence[str] | None = None,
 ) -> tuple[Matrix, float]:
     """Classify by the model whose penalty has the highest AUROC in the inner folds.
 
@@ -155,6 +159,8 @@ def predict_class(
         class with one subject leaves no folds: then C = 1.
     method, confounds
         The model, and what is regressed out of the features.
+    people
+        Of each training row, where several are of one subject, the subject's name.
 
     Returns
     -------
@@ -164,7 +170,11 @@ def predict_class(
     """
     x, x_test, n_confounds = _prepare(train, test, method, confounds)
     folds = min(folds, np.bincount(labels).min())
-    inner = StratifiedKFold(folds, shuffle=True, random_state=seed) if folds > 1 else None
+    inner: StratifiedKFold | Splits | None = None
+    if people is not None:
+        inner = grouped_folds(labels, people, folds, seed)
+    elif folds > 1:
+        inner = StratifiedKFold(folds, shuffle=True, random_state=seed)
     model, chosen = _choose(_classifier(method), x, labels, n_confounds, inner, _auroc)
     if inner is not None:
         model = _calibrate(model, x, labels, inner)

@@ -94,8 +94,11 @@ def _finetuned(name: str, own: Sequence[Training]) -> list[str]:
     sentences = []
     for how, group in ways.items():
         targets = ", ".join(dict.fromkeys(training.stage for training in group))
+        kinds = {one.stage: one.info["settings"].get("target", {}).get("kind") for one in group}
+        states = ", ".join(target for target, kind in kinds.items() if kind == "state")
+        of_states = f" (of {states}, of those that were taken in the state)" if states else ""
         sentences.append(
             f"{name} was fine-tuned to predict {targets}: {how}; {_subjects(group)}. A subject's "
-            "prediction is the mean over evenly spaced windows of all its runs."
+            f"prediction is the mean over evenly spaced windows of all its runs{of_states}."
         )
     return sentences

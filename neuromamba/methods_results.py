@@ -47,15 +47,21 @@ def describe_statistics(config: Config, evaluations: Sequence[Evaluation]) -> li
         return []
     settings, folds = config.evaluate, any("fold" in one.predictions for one in evaluations)
     classes = any(class_names(one.predictions) for one in evaluations)
+    states = any("state" in one.predictions for one in evaluations)
     sentences = [
         _protocol(config),
         f"Intervals ({settings.confidence:.0%}) are percentiles of {settings.bootstrap:,} "
         "bootstrap resamples of the test subjects [@efron1993bootstrap]"
-        + (", drawn within each true class." if classes else "."),
+        + (", drawn within each true class." if classes and not states else "."),
         f"p values against chance are by {settings.permutations:,} permutations of the labels, and "
         "of differences by as many swaps of two predictions within subjects; the observed "
         "arrangement counts as one [@phipson2010permutation].",
     ]
+    if states:
+        sentences.append(
+            "States were predicted from the windows that were taken in them; subjects were drawn "
+            "and swapped with all their states, and labels were permuted within subjects."
+        )
     if classes:
         sentences.append(
             "Scores were turned to ranks before swapping for the AUROC [@bandos2005auc]. "

@@ -12,6 +12,8 @@ Design choices
   scores (`neuromamba.predictors` says why). What is drawn is a subject, with its rows in all
   repeats. A difference is then claimed only where the corrected resampled t-test over the folds
   agrees (`neuromamba.resampled`): it is the one that is also about other training subjects.
+- Of states a subject has a row for each. It is drawn with all of them, from all subjects, and its
+  labels are shuffled among them.
 - What is undefined is missing, not a number: the correlation of a constant prediction, the AUROC
   of a test set with one class.
 """
@@ -60,7 +62,8 @@ def compute_metrics(
     predictions
         Columns `subject`, `predictor`, `y_true`, `y_pred` and, for classification, one column
         `prob_<class>` per class, the positive class last. Every predictor has the same subjects.
-        Under cross-validation `fold`, too, and a row for each fold that tests a subject.
+        Under cross-validation `fold`, too, and a row for each fold that tests a subject. Of states
+        `state`, too, which is `y_true`, and a row for each state of a subject.
     resamples, confidence, seed
         Bootstrap resamples, coverage of the percentile intervals, and what seeds them.
     permutations
@@ -74,14 +77,14 @@ def compute_metrics(
     """
     rows = []
     for name, found in read_predictors(predictions).items():
-        point = found.metrics(np.ones((1, len(found.true))))
+        point = found.metrics(np.ones((1, found.n_subjects)))
         drawn = bootstrap(found.metrics, found.strata, resamples, seed)
         p = found.against_chance(permutations, seed)
         for metric, value in point.items():
             low, high = interval(value[0], drawn[metric], confidence)
             # A metric may be defined by convention where its test is not.
             known = p.get(metric, np.nan) if np.isfinite(value[0]) else np.nan
-            rows.append((name, metric, value[0], low, high, known, len(found.true)))
+            rows.append((name, metric, value[0], low, high, known, found.n_subjects))
     columns = ["predictor", "metric", "value", "low", "high", "p", "n"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -133,7 +136,7 @@ def difference(
     one: Predictor, other: Predictor, resamples: int, confidence: float, seed: int
 ) -> dict[str, tuple[float, float, float]]:
     """Difference of each metric of two predictors, and its interval by paired resamples."""
-    ones = np.ones((1, len(one.true)))
+    ones = np.ones((1, one.n_subjects))
     point = one.metrics(ones), other.metrics(ones)
     drawn = [bootstrap(each.metrics, one.strata, resamples, seed) for each in (one, other)]
     found = {}
@@ -168,7 +171,7 @@ def is_shown(low: float, high: float, p: Sequence[float], confidence: float) -> 
 def read_predictions(path: Path | str) -> pd.DataFrame:
     """Read a `predictions.tsv` as `compute_metrics` takes it."""
     # Labels are text also where they look like numbers; `compute_metrics` makes numbers of them.
-    columns = ("subject", "predictor", "fold", "y_true", "y_pred")
+    columns = ("subject", "state", "predictor", "fold", "y_true", "y_pred")
     return read_table(path, dtype=dict.fromkeys(columns, str))
 
 

@@ -22,9 +22,9 @@ def read_participants(dataset: Dataset) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Indexed by subject (`sub-01`). Column `site` (text), and one column for each target: the
-        class's name for a classification, a float for a regression. Missing where the cell is
-        empty or, with a warning, where it is the value of no class.
+        Indexed by subject (`sub-01`). Column `site` (text), and one column for each target that
+        is no state: the class's name for a classification, a float for a regression. Missing where
+        the cell is empty or, with a warning, where it is the value of no class.
 
     Raises
     ------
@@ -34,9 +34,9 @@ def read_participants(dataset: Dataset) -> pd.DataFrame:
     """
     settings = dataset.participants
     if settings is None:
-        if dataset.targets:
+        if dataset.subject_targets:
             raise InputError(
-                f"the targets {', '.join(dataset.targets)} need a table of subjects: set "
+                f"the targets {', '.join(dataset.subject_targets)} need a table of subjects: set "
                 "participants.file in the dataset YAML"
             )
         return pd.DataFrame({"site": pd.Series(dtype="string")}, index=pd.Index([], name="subject"))
@@ -48,7 +48,7 @@ def read_participants(dataset: Dataset) -> pd.DataFrame:
         else pd.Series([None] * len(table), dtype="string")
     )
     columns = {"site": site.str.strip().array}
-    for name, target in dataset.targets.items():
+    for name, target in dataset.subject_targets.items():
         if name in columns:
             raise InputError(f"target {name!r} has the name of a reserved column; rename it")
         cells = _column(table, target.column, f"targets.{name}.column", settings.file)
@@ -129,13 +129,13 @@ def _subjects(table: pd.DataFrame, settings: Participants) -> pd.Series:
 def _class_names(cells: pd.Series, name: str, target: Classification, file: str) -> pd.Series:
     by_cell: dict[str, str] = {}
     for class_name, cell in target.classes.items():
-        other = by_cell.setdefault(_comparable(cell), class_name)
+        other = by_cell.setdefault(comparable(cell), class_name)
         if other != class_name:
             raise InputError(
                 f"targets.{name}.classes: {other!r} and {class_name!r} have the same cell value "
                 f"{cell!r}"
             )
-    known = cells.map(_comparable, na_action="ignore")
+    known = cells.map(comparable, na_action="ignore")
     unknown = cells[known.notna() & ~known.isin(list(by_cell))]
     if len(unknown):
         counts = ", ".join(f"{cell!r} ({n} x)" for cell, n in unknown.value_counts().items())
@@ -147,7 +147,7 @@ def _class_names(cells: pd.Series, name: str, target: Classification, file: str)
     return known.map(by_cell)
 
 
-def _comparable(cell: str) -> str:
+def comparable(cell: str) -> str:
     """Text that is equal for `1`, `1.0` and ` 1`, as programs that write tables differ in it."""
     cell = cell.strip()
     try:

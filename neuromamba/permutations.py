@@ -27,24 +27,39 @@ ROUNDING = 1e-9
 """Differences below it (of metrics, which are of the order of 1) are ties."""
 
 
-def shuffles(n: int, permutations: int, seed: int) -> Iterator[Ints]:
-    """Orders of n subjects in blocks, (permutation, subject); the first is the observed one."""
+def shuffles(n: int, permutations: int, seed: int, people: Ints | None = None) -> Iterator[Ints]:
+    """Orders of n subjects in blocks, (permutation, subject); the first is the observed one.
+
+    Where several of the n are of one subject, whose numbers `people` are, they are shuffled within
+    the subject.
+    """
     rng = np.random.default_rng(seed)
     for size, start in _blocks(n, permutations):
         order = rng.permuted(np.tile(np.arange(n), (size, 1)), axis=1)
+        if people is not None:
+            # Sorted by subject, but within one still at random, they go to the subject's places.
+            drawn = np.take_along_axis(order, people[order].argsort(axis=1, kind="stable"), axis=1)
+            order = np.empty_like(drawn)
+            order[:, people.argsort(kind="stable")] = drawn
         if start == 0:
             order[0] = np.arange(n)
         yield order
 
 
-def swaps(n: int, permutations: int, seed: int) -> Iterator[npt.NDArray[np.bool_]]:
-    """Whom to swap, in blocks (permutation, subject); the first arrangement swaps nobody."""
+def swaps(
+    n: int, permutations: int, seed: int, people: Ints | None = None
+) -> Iterator[npt.NDArray[np.bool_]]:
+    """Whom to swap, in blocks (permutation, subject); the first arrangement swaps nobody.
+
+    Where several of the n are of one subject (see `shuffles`), they are swapped together.
+    """
     rng = np.random.default_rng(seed)
+    drawn = n if people is None else int(people.max()) + 1
     for size, start in _blocks(n, permutations):
-        swap = rng.random((size, n)) < 0.5
+        swap = rng.random((size, drawn)) < 0.5
         if start == 0:
             swap[0] = False
-        yield swap
+        yield swap if people is None else swap[:, people]
 
 
 def p_values(blocks: Iterator[Statistics], two_sided: bool = False) -> dict[str, float]:

@@ -41,7 +41,12 @@ def run_pool(config: Config, dataset: str, model: str, seed: int, target: str) -
     together = together[[*first, *(name for name in together if name not in first)]]
     folder = Layout.of(config, dataset).evaluate(model, seed, target)
     write_table(folder / "predictions.tsv", together)
-    write_json(folder / "notes.json", pool_notes(notes, together["subject"].nunique()))
+    pooled = pool_notes(notes, together["subject"].nunique())
+    if "state" in together:
+        tested = together[["subject", "state"]].drop_duplicates()
+        trained = min(one["samples"]["train"] for one in notes.values())
+        pooled["samples"] = {"train": trained, "test": len(tested)}
+    write_json(folder / "notes.json", pooled)
     write_metrics(folder, model, config)
 
 

@@ -101,6 +101,12 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
             f"{folder / 'model.json'}: its settings are not of this version "
             f"({' '.join(str(error).split())}); train the model again"
         ) from None
+    if settings["target"]["kind"] == "state":
+        raise InputError(
+            f"{folder} predicts {info['target']!r}, which is a state: events tell it of parts of a "
+            "run, and of a whole scan it says nothing; see the predictions of the test subjects in "
+            "evaluate/"
+        )
     classes = [name for name, _ in settings["target"].get("classes", [])]
     found = load_calibration(folder, info)
     calibration, arrays = (None, {}) if found is None else found

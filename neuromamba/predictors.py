@@ -9,11 +9,13 @@ Design choices
 - What is drawn, shuffled or swapped is a subject, with all its rows: those of the repeats of a
   cross-validation, and those of several seeds.
 - A fold in which a metric is undefined (one class, and no AUROC) is left out of that mean.
+- Of states a subject has several labels, and a row for each. All of them are drawn or swapped
+  together, and labels are shuffled within the subject.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from neuromamba import statistics
+from neuromamba.events import sample_name, subject_of
 from neuromamba.files import InputError
 from neuromamba.permutations import Floats, Ints, mean_of_defined, split_rows
 from neuromamba.weighted_metrics import Metrics, classification_metrics, regression_metrics
@@ -42,27 +45,36 @@ class Predictor:
     Attributes
     ----------
     subjects
-        Their names, sorted.
+        Their names, sorted; of states, those of the samples, which stand in the place of subjects.
     true
         (subject,) number of the true class, or true value.
     predicted
         (row, class) probabilities, or (row,) values: the rows of each fold after one another.
     folds
         By the fold's name, (row,) numbers of its subjects; one without a name for a holdout.
+    people
+        (sample,) number of the subject that it is of; `None` where each subject is one sample.
     """
 
     subjects: tuple[str, ...]
     true: npt.NDArray[Any]
     predicted: Floats
     folds: dict[str, Ints]
+    people: Ints | None = None
 
     @property
     def is_holdout(self) -> bool:
         return list(self.folds) == [""]
 
     @property
+    def n_subjects(self) -> int:
+        return len(self.true) if self.people is None else int(self.people.max()) + 1
+
+    @property
     def strata(self) -> Ints:
-        return self.true if self._is_classifier else np.zeros(len(self.true), np.int64)
+        """(subject,) within what subjects are drawn: their class, where they have one."""
+        drawn_by_class = self._is_classifier and self.people is None
+        return self.true if drawn_by_class else np.zeros(self.n_subjects, np.int64)
 
     @property
     def metrics(self) -> Metrics:
@@ -70,6 +82,8 @@ class Predictor:
         parts = self._parts()
 
         def metrics(weight: Floats) -> dict[str, Floats]:
+            if self.people is not None:
+                weight = weight.take(self.people, axis=1)
             found = [make(weight.take(who, axis=1)) for who, make in parts]
             return {name: mean_of_defined([each[name] for each in found]) for name in found[0]}
 
@@ -83,12 +97,14 @@ class Predictor:
     def against_chance(self, permutations: int, seed: int) -> dict[str, float]:
         classes, folds = self._is_classifier, list(self.folds.values())
         test = statistics.chance_of_classes if classes else statistics.chance_of_numbers
-        return test(self.true, self.predicted, permutations, seed, folds)
+        return test(self.true, self.predicted, permutations, seed, folds, self.people)
 
     def against(self, other: Predictor, permutations: int, seed: int) -> dict[str, float]:
         classes, folds = self._is_classifier, list(self.folds.values())
         test = statistics.compare_classes if classes else statistics.compare_numbers
-        return test(self.true, self.predicted, other.predicted, permutations, seed, folds)
+        return test(
+            self.true, self.predicted, other.predicted, permutations, seed, folds, self.people
+        )
 
     @property
     def _is_classifier(self) -> bool:
@@ -108,7 +124,7 @@ def read_predictors(predictions: pd.DataFrame) -> dict[str, Predictor]:
     Parameters
     ----------
     predictions
-        As `neuromamba.metrics.compute_metrics` takes them.
+        As `neuromamba.metrics.compute_metrics` takes them; of states with a column `state`.
 
     Raises
     ------
@@ -120,7 +136,7 @@ def read_predictors(predictions: pd.DataFrame) -> dict[str, Predictor]:
     number = {label: k for k, label in enumerate(classes)}
     order = ["fold", "subject"] if "fold" in predictions else "subject"
     found = {}
-    for name, rows in predictions.groupby("predictor", sort=False):
+    for name, rows in name_samples(predictions).groupby("predictor", sort=False):
         rows = _check_folds(str(name), rows).sort_values(order)
         if classes:
             unknown = set(rows["y_true"].astype(str)) - set(number)
@@ -134,6 +150,14 @@ def read_predictors(predictions: pd.DataFrame) -> dict[str, Predictor]:
             values = np.asarray(rows["y_pred"].astype(float), dtype=np.float64)
             found[str(name)] = _read_predictor(str(name), rows, values)
     return found
+
+
+def name_samples(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Predictions in which a subject's state, where there are states, is part of its name."""
+    if "state" not in predictions:
+        return predictions
+    pairs = zip(predictions["subject"], predictions["state"].astype(str), strict=True)
+    return predictions.assign(subject=[sample_name(*pair) for pair in pairs])
 
 
 def _check_folds(name: str, rows: pd.DataFrame) -> pd.DataFrame:
@@ -157,8 +181,8 @@ def _check_folds(name: str, rows: pd.DataFrame) -> pd.DataFrame:
 def _read_predictor(name: str, rows: pd.DataFrame, predicted: Floats) -> Predictor:
     """One predictor from its rows in order, `y_true` being numbers."""
     if "fold" not in rows:
-        whole = {"": np.arange(len(rows))}
-        return Predictor(tuple(rows["subject"]), rows["y_true"].to_numpy(), predicted, whole)
+        whole, names = {"": np.arange(len(rows))}, tuple(rows["subject"])
+        return Predictor(names, rows["y_true"].to_numpy(), predicted, whole, _people(rows, names))
     labels = rows.groupby("subject")["y_true"]
     several = labels.nunique() > 1
     if several.any():
@@ -170,7 +194,16 @@ def _read_predictor(name: str, rows: pd.DataFrame, predicted: Floats) -> Predict
     who = np.asarray(true.index.get_indexer(pd.Index(rows["subject"])), dtype=np.int64)
     of_fold = rows["fold"].to_numpy()
     folds = {str(fold): who[of_fold == fold] for fold in np.unique(of_fold)}
-    return Predictor(tuple(true.index), true.to_numpy(), predicted, folds)
+    names = tuple(true.index)
+    return Predictor(names, true.to_numpy(), predicted, folds, _people(rows, names))
+
+
+def _people(rows: pd.DataFrame, names: Sequence[str]) -> Ints | None:
+    """(sample,) number of the subject of each, where the rows are of states."""
+    if "state" not in rows:
+        return None
+    subjects = [subject_of(name) for name in names]
+    return np.unique(subjects, return_inverse=True)[1].astype(np.int64)
 
 
 def refuse_unlike(name: str, one: Predictor, second: str, other: Predictor) -> None:
@@ -198,4 +231,4 @@ def join_seeds(seeds: Mapping[int, Predictor]) -> Predictor:
     first, *_ = seeds.values()
     folds = {f"seed-{k} {name}": who for k, one in seeds.items() for name, who in one.folds.items()}
     predicted = np.concatenate([one.predicted for one in seeds.values()])
-    return Predictor(first.subjects, first.true, predicted, folds)
+    return Predictor(first.subjects, first.true, predicted, folds, first.people)

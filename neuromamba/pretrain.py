@@ -5,7 +5,7 @@ The subjects of the validation part choose the weights; those of the test part a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,9 @@ def open_windows(
     network: nn.Module,
     subjects: Mapping[str, Sequence[str]],
     runs: pd.DataFrame,
+    kind: Callable[..., Windows] = Windows,
 ) -> dict[str, Windows]:
-    """Windows over the runs of each part's subjects.
+    """Windows, or windows of some `kind`, over the runs of each part's subjects.
 
     Raises
     ------
@@ -183,5 +184,5 @@ def open_windows(
         readers = make_readers(network, layout, config.models[model], config.tokens)
         weights = config.members(dataset) if dataset in config.mixtures else None
         of_subject, most = group_runs(of_part), config.compute.max_excluded
-        windows[part] = Windows(of_subject, readers, most, weights)
+        windows[part] = kind(of_subject, readers, most, weights)
     return windows

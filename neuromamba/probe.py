@@ -14,6 +14,8 @@ Design choices
 - The penalty is chosen by cross-validation within the training subjects, by AUROC or squared
   error, as that of the baselines is. The validation subjects have no part in it, so the loss that
   is told of them, and the calibration for new scans, are those of people it has not seen.
+- Of states each sample (a subject in a state) stands in the place of a subject, and all samples of
+  a subject are in one inner fold.
 - With two classes a sigmoid is fitted to decision values of the inner folds (Platt 1999) and put
   into the head: it is linear. Of few subjects the fitted probabilities lean to the commoner class
   (see `linear_models`). A sigmoid that falls, as noise may give, is not used.
@@ -43,8 +45,10 @@ from neuromamba.batches import Windows
 from neuromamba.checkpoint import load_checkpoint
 from neuromamba.config import Config, Finetune
 from neuromamba.distributed import World, join
+from neuromamba.events import subject_of
 from neuromamba.files import InputError
 from neuromamba.heads import ClassHead, HeadedModel
+from neuromamba.inner_folds import Splits, grouped_folds
 from neuromamba.observe import merge_runs, observe_subject
 from neuromamba.owned import OwnedFolder
 from neuromamba.record import OnChange
@@ -153,7 +157,8 @@ def train_probe(
         return Fitted({}, 0, {}, {}, {}), {}
     features = {part: network.standardized(values) for part, values in found.items()}
     truth = {part: [labels[name] for name in of.subjects] for part, of in windows.items()}
-    layer = fit_layer(network, features["train"], truth["train"], folds, seed)
+    people = [subject_of(name) for name in windows["train"].subjects]
+    layer = fit_layer(network, features["train"], truth["train"], folds, seed, people)
     rows = {part: _score(network, features[part], truth[part]) for part in windows}
     seconds = {"seconds": time.perf_counter() - started}
     with telling_full_disk(owned.path), closing(Journal(owned, writes=True)) as journal:
@@ -185,15 +190,19 @@ def fit_layer(
     labels: Sequence[int | float],
     folds: int,
     seed: int,
+    people: Sequence[str] | None = None,
 ) -> Linear:
-    """Fit the last layer of `network` to standardised features (subject, width), in place."""
+    """Fit the last layer of `network` to standardised features (subject, width), in place.
+
+    `people` are the subjects' names, some of which are the same where samples are of states.
+    """
     x = features.double().cpu().numpy()
     # Penalties then mean the same whatever the width.
     size = float(np.sqrt(np.square(x).sum(axis=1).mean())) or 1.0
     task = network.task
     if isinstance(task, ClassHead):
         truth = np.asarray(labels, dtype=np.int64)
-        layer = fit_classes(x / size, truth, task.outputs, folds, seed)
+        layer = fit_classes(x / size, truth, task.outputs, folds, seed, people)
     else:
         z = (np.asarray(labels, dtype=np.float64) - task.mean.item()) / task.sd.item()
         layer = fit_number(x / size, z, folds, seed)
@@ -205,7 +214,14 @@ def fit_layer(
     return layer
 
 
-def fit_classes(x: Floats, labels: Labels, outputs: int, folds: int, seed: int) -> Linear:
+def fit_classes(
+    x: Floats,
+    labels: Labels,
+    outputs: int,
+    folds: int,
+    seed: int,
+    people: Sequence[str] | None = None,
+) -> Linear:
     """The logistic regression of balanced classes with the highest AUROC in the inner folds.
 
     Parameters
@@ -216,6 +232,8 @@ def fit_classes(x: Floats, labels: Labels, outputs: int, folds: int, seed: int) 
         (subject,) numbers of their classes, from 0 to `outputs` - 1.
     folds, seed
         Inner folds, fewer where the rarest class is smaller, and what seeds their shuffling.
+    people
+        (subject,) names; those of the same name are in one inner fold.
 
     Raises
     ------
@@ -231,10 +249,10 @@ def fit_classes(x: Floats, labels: Labels, outputs: int, folds: int, seed: int) 
     counts = np.bincount(y)
     weight = (len(y) / (len(counts) * counts))[y]
     model, chosen, score = LogisticRegression(max_iter=5000), 1.0, None
-    folds = min(folds, int(counts.min()))
+    inner = _inner(y, min(folds, int(counts.min())), seed, people)
+    folds = 0 if inner is None else len(inner)
     slope, offset = 1.0, 0.0
-    if folds > 1:
-        inner = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    if inner is not None:
         search = GridSearchCV(model, {"C": PENALTIES}, scoring="roc_auc_ovr", cv=inner)
         search.fit(x, y, sample_weight=weight)
         model, chosen, score = search.best_estimator_, search.best_params_["C"], search.best_score_
@@ -247,7 +265,17 @@ def fit_classes(x: Floats, labels: Labels, outputs: int, folds: int, seed: int) 
         lines, bias = np.vstack([-lines, lines]) / 2, np.concatenate([-bias, bias]) / 2
     weights, biases = np.zeros((outputs, x.shape[1])), np.full(outputs, NEVER)
     weights[present], biases[present] = lines, bias
-    return Linear(weights, biases, float(chosen), folds if folds > 1 else 0, score)
+    return Linear(weights, biases, float(chosen), folds, score)
+
+
+def _inner(y: Labels, folds: int, seed: int, people: Sequence[str] | None) -> Splits | None:
+    """The inner folds, where there can be two."""
+    if people is not None and len(set(people)) < len(people):
+        return grouped_folds(y, people, folds, seed)
+    if folds < 2:
+        return None
+    inner = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    return list(inner.split(y, y))
 
 
 def fit_number(x: Floats, z: Floats, folds: int, seed: int) -> Linear:
@@ -268,7 +296,7 @@ def fit_number(x: Floats, z: Floats, folds: int, seed: int) -> Linear:
 
 
 def _sigmoid(
-    model: LogisticRegression, x: Floats, y: Labels, weight: Floats, inner: StratifiedKFold
+    model: LogisticRegression, x: Floats, y: Labels, weight: Floats, inner: Splits
 ) -> tuple[float, float]:
     """Platt's logit of the second class, slope * decision value + offset."""
     calibrated = CalibratedClassifierCV(model, method="sigmoid", cv=inner, ensemble=False)

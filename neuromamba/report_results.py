@@ -11,7 +11,7 @@ import pandas as pd
 from neuromamba import figures, result_figures
 from neuromamba.baseline_notes import BASELINES, describe_baselines
 from neuromamba.collect import Data, Evaluation, collect_trainings
-from neuromamba.config import Config
+from neuromamba.config import Config, State, Target
 from neuromamba.metrics import class_names
 from neuromamba.report_data import describe_labels
 from neuromamba.report_seeds import mean_verdict, seed_summaries, with_means
@@ -28,9 +28,10 @@ def describe_target(
     described: dict[str, Any] = {
         "name": target,
         "settings": settings,
-        "question": f"Does a model tell people's {target} from scans of people it has never seen, "
-        "and does it do so better than functional connectivity?",
-        "labels": describe_labels(data, target, settings.kind),
+        "question": ask(target, settings),
+        "labels": ""
+        if isinstance(settings, State)
+        else describe_labels(data, target, settings.kind),
         "curves": draw_curves(trainings),
         "trainings": describe_trainings(trainings),
         "rows": [],
@@ -44,7 +45,7 @@ def describe_target(
         "rows": with_means(rows, evaluations, summaries),
         "columns": list(rows[0].cells),
         "tests": {name: label for name, label in P_VERSUS.items() if name in rows[0].p},
-        "baselines": describe_baselines(first.notes, settings.kind == "classification"),
+        "baselines": describe_baselines(first.notes, bool(settings.class_names)),
         "notes": first.notes,
         "n_test": first.predictions["subject"].nunique(),
         "folds": count_folds(first.predictions),
@@ -53,6 +54,19 @@ def describe_target(
         "chance": where_chance_is(first),
         "figures": draw_results(evaluations),
     }
+
+
+def ask(target: str, settings: Target) -> str:
+    """The question that an evaluation answers."""
+    what = f"people's {target} from scans"
+    if isinstance(settings, State):
+        what = (
+            f"in which state ({', '.join(settings.classes)}) parts of scans were taken, {target},"
+        )
+    return (
+        f"Does a model tell {what} of people it has never seen, and does it do so better than "
+        "functional connectivity?"
+    )
 
 
 def _verdicts(

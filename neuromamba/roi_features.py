@@ -25,6 +25,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from neuromamba.connectivity import read_z
+from neuromamba.excerpts import Excerpt
 from neuromamba.files import InputError
 
 MAX_MISSING = 0.1
@@ -32,7 +33,8 @@ MAX_MISSING = 0.1
 MOSTLY_MISSING = 0.5
 """Share of the features from which on a test subject's lack of them is warned of."""
 
-Stores = Mapping[str, Sequence[Path]]
+Stores = Mapping[str, Sequence[Path | Excerpt]]
+"""By subject the stores of its runs; or by sample, which is a subject in a state, an excerpt."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Connectivity:
     kind: str = "pearson"
 
 
-def mean_connectivity(stores: Sequence[Path], kind: str | None = None) -> npt.NDArray[np.float32]:
+def mean_connectivity(
+    stores: Sequence[Path | Excerpt], kind: str | None = None
+) -> npt.NDArray[np.float32]:
     """Mean Fisher z over a subject's runs: (roi, roi), NaN where no run has the ROI.
 
     `kind` is that of `load_connectivity`.

@@ -80,7 +80,7 @@ def summarize_seeds(
         winner = model if (apart[1] > 0) == HIGHER_IS_BETTER[name] else versus
         shown = is_shown(*apart[1:], tests[: 1 if holdout else 2], confidence)
         ends = interval(value, drawn[name], confidence)
-        row = (name, len(own), len(joined.subjects), value, sd, *ends, chance.get(name, np.nan))
+        row = (name, len(own), joined.n_subjects, value, sd, *ends, chance.get(name, np.nan))
         rows.append((*row, versus, *apart, *tests, winner if shown else None))
     columns = ["metric", "n_seeds", "n", "value", "sd", "low", "high", "p_chance", "versus"]
     columns += ["difference", "difference_low", "difference_high", "p", "p_resampled", "better"]
@@ -115,5 +115,5 @@ def _predictors_of(
 
 def _over_seeds(seeds: Mapping[int, Predictor]) -> dict[str, Floats]:
     """Of each metric, its (seed,) values."""
-    found = [one.metrics(np.ones((1, len(one.true)))) for one in seeds.values()]
+    found = [one.metrics(np.ones((1, one.n_subjects))) for one in seeds.values()]
     return {name: np.array([each[name][0] for each in found]) for name in found[0]}

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xarray
 from sklearn.base import BaseEstimator
 from sklearn.covariance import ledoit_wolf
 from tqdm import tqdm
 
+from neuromamba.excerpts import Excerpt, read_series
 from neuromamba.files import InputError
 from neuromamba.roi_features import MAX_MISSING, Connectivity, Stores, too_few_common
 
@@ -155,12 +155,8 @@ def _each(
     return found
 
 
-def _read_series(store: Path) -> npt.NDArray[np.float64]:
-    try:
-        with xarray.open_zarr(store, chunks=None) as rois:
-            return rois["timeseries"].values.astype(np.float64)
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise InputError(f"{store}: not a readable ROI store ({error}); run rois") from None
+def _read_series(store: Path | Excerpt) -> npt.NDArray[np.float64]:
+    return store.read() if isinstance(store, Excerpt) else read_series(store)
 
 
 def _covariance(runs: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:

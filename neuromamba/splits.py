@@ -9,7 +9,8 @@ Design choices
 - The strata are the classes of the dataset's first classification target, or fifths of its first
   regression target when it has no classification, within each site.
 - A subject without any label can still be pretrained on, so it goes to training. Only where fewer
-  than `MIN_SUBJECTS` subjects have a label are the others tested on too.
+  than `MIN_SUBJECTS` subjects have a label, or where a target is a state, which needs none, are the
+  others tested on too.
 - With k folds each labelled subject is tested once in every repeat, drawn in the same way. With
   leave-site-out whole sites are tested together, in as many groups of about equal size as there are
   folds. Who is left then selects and trains, as in a holdout.
@@ -148,8 +149,10 @@ def _in_strata(
         )
     facts = participants.reindex(sorted(subjects))
     facts = facts.iloc[rng.permutation(len(facts))]
-    targets = list(dataset.targets)
-    labelled = facts[facts[targets].notna().any(axis=1)] if targets else facts
+    targets = list(dataset.subject_targets)
+    # Whoever has a run may be in a state.
+    by_label = targets and not dataset.state_targets
+    labelled = facts[facts[targets].notna().any(axis=1)] if by_label else facts
     if len(labelled) < MIN_SUBJECTS:
         labelled = facts
     return labelled.index[np.argsort(strata_of(labelled, dataset), kind="stable")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuromamba.config import Classification, Config, Dataset, Finetune, Optimiser
+from neuromamba.config import Classification, Config, Dataset, Finetune, Optimiser, State
 from neuromamba.qc_rules import rules_of
 from neuromamba.stages import Job, model_of
 
@@ -42,7 +42,8 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
         case "splits":
             assert dataset is not None
             participants, target = dataset.participants, stratified_by(dataset)
-            return {
+            states = {"states": True} if dataset.state_targets else {}
+            return states | {
                 "splits": config.splits.model_dump(mode="json"),
                 "site_column": participants and participants.site_column,
                 "stratified_by": target and {target: target_settings(dataset, target)},
@@ -52,7 +53,14 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
             own = config.evaluate.model_dump(
                 mode="json", include={"baselines", "confounds", "inner_folds"}
             )
-            return {"evaluate": own, "target": target_settings(dataset, job.target)}
+            settings: dict[str, Any] = {
+                "evaluate": own,
+                "target": target_settings(dataset, job.target),
+            }
+            if job.target in dataset.state_targets:
+                # Whom a window of any model finds in a state is tested.
+                settings["windows"] = sorted({model.volumes for model in config.models.values()})
+            return settings
         case "scaling":
             return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
     return {}
@@ -95,16 +103,20 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
 
 
 def stratified_by(dataset: Dataset) -> str | None:
-    """The target that a split is stratified by: the first classification, or else the first."""
-    classes = [n for n, target in dataset.targets.items() if isinstance(target, Classification)]
-    return next(iter([*classes, *dataset.targets]), None)
+    """The target that a split is stratified by: the first classification, or else the first number.
+
+    States stratify nothing: all subjects have about the same ones.
+    """
+    targets = dataset.subject_targets
+    classes = [n for n, target in targets.items() if isinstance(target, Classification)]
+    return next(iter([*classes, *targets]), None)
 
 
 def target_settings(dataset: Dataset, name: str) -> dict[str, Any]:
     """A target's section, with its classes as a list, because their order has a meaning."""
     target = dataset.targets[name]
     settings = target.model_dump(mode="json")
-    if isinstance(target, Classification):
+    if isinstance(target, Classification | State):
         settings["classes"] = [list(pair) for pair in target.classes.items()]
     return settings
 

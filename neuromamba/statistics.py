@@ -12,6 +12,8 @@ Design choices
   and standardised values being the fold's own. A subject has one label in all repeats, and is
   swapped in all of them or in none. Swapping ranks is approximate, and needs folds of some size: of
   two scores as good as each other 13 % had p <= 0.1 with 10 subjects a fold, 10 % with 20.
+- Of states a subject has several labels, and a row for each: they are shuffled within the subject,
+  and swapped all together.
 - Both are about the test subjects at hand, for predictors that are already trained. They say
   nothing of other training subjects or seeds: `neuromamba.resampled` does, of other folds. Under
   cross-validation, whose test subjects have trained the models of other folds, p against chance is
@@ -54,7 +56,12 @@ def scored_classes(probability: Floats) -> list[int]:
 
 
 def chance_of_classes(
-    true: Ints, probability: Floats, permutations: int, seed: int, folds: Folds | None = None
+    true: Ints,
+    probability: Floats,
+    permutations: int,
+    seed: int,
+    folds: Folds | None = None,
+    people: Ints | None = None,
 ) -> dict[str, float]:
     """p of each metric of a classification against shuffled labels.
 
@@ -68,6 +75,9 @@ def chance_of_classes(
         How many shuffles, and what seeds them.
     folds
         Whose the rows are; `None`: the subjects, tested once.
+    people
+        (subject,) where the `subjects` are parts of the data of fewer people, such as their states:
+        the number of each one's person, from 0. Labels are then shuffled within people.
 
     Returns
     -------
@@ -79,7 +89,7 @@ def chance_of_classes(
     test = mean_over_folds(
         folds, [_classes_of_a_fold(part, classes) for part in split_rows(probability, folds)]
     )
-    return p_values(test(true[order]) for order in shuffles(len(true), permutations, seed))
+    return p_values(test(true[order]) for order in shuffles(len(true), permutations, seed, people))
 
 
 def _classes_of_a_fold(probability: Floats, classes: Ints) -> Test:
@@ -106,13 +116,18 @@ def _classes_of_a_fold(probability: Floats, classes: Ints) -> Test:
 
 
 def chance_of_numbers(
-    true: Floats, predicted: Floats, permutations: int, seed: int, folds: Folds | None = None
+    true: Floats,
+    predicted: Floats,
+    permutations: int,
+    seed: int,
+    folds: Folds | None = None,
+    people: Ints | None = None,
 ) -> dict[str, float]:
     """p of `mae`, `pearson_r` and `r2` against shuffled labels; see `chance_of_classes`."""
     folds = _folds(folds, len(true))
     parts = split_rows(predicted, folds)
     test = mean_over_folds(folds, [_numbers_of_a_fold(part) for part in parts])
-    return p_values(test(true[order]) for order in shuffles(len(true), permutations, seed))
+    return p_values(test(true[order]) for order in shuffles(len(true), permutations, seed, people))
 
 
 def _numbers_of_a_fold(predicted: Floats) -> Test:
@@ -134,6 +149,7 @@ def compare_classes(
     permutations: int,
     seed: int,
     folds: Folds | None = None,
+    people: Ints | None = None,
 ) -> dict[str, float]:
     """p of the difference of two classifications of the same subjects, by swapping within them.
 
@@ -147,6 +163,8 @@ def compare_classes(
         How many arrangements, and what seeds them.
     folds
         Whose the rows are; `None`: the subjects, tested once.
+    people
+        As in `chance_of_classes`; all of a person is swapped, or nothing.
 
     Returns
     -------
@@ -156,7 +174,7 @@ def compare_classes(
     folds = _folds(folds, len(true))
     parts = zip(folds, split_rows(first, folds), split_rows(second, folds), strict=True)
     test = mean_over_folds(folds, [_two_of_classes(true[who], *both) for who, *both in parts])
-    return p_values(map(test, swaps(len(true), permutations, seed)), two_sided=True)
+    return p_values(map(test, swaps(len(true), permutations, seed, people)), two_sided=True)
 
 
 def _two_of_classes(true: Ints, first: Floats, second: Floats) -> Test:
@@ -189,12 +207,13 @@ def compare_numbers(
     permutations: int,
     seed: int,
     folds: Folds | None = None,
+    people: Ints | None = None,
 ) -> dict[str, float]:
     """p of the difference in `mae`, `pearson_r` and `r2` of two regressions; (row,) each."""
     folds = _folds(folds, len(true))
     parts = zip(folds, split_rows(first, folds), split_rows(second, folds), strict=True)
     test = mean_over_folds(folds, [_two_of_numbers(true[who], *both) for who, *both in parts])
-    return p_values(map(test, swaps(len(true), permutations, seed)), two_sided=True)
+    return p_values(map(test, swaps(len(true), permutations, seed, people)), two_sided=True)
 
 
 def _two_of_numbers(true: Floats, first: Floats, second: Floats) -> Test:

@@ -114,7 +114,7 @@ def save_trained(
     info = {
         **record,
         "processes": world.size,
-        "subjects": {part: of_part.subjects for part, of_part in windows.items()},
+        "subjects": {part: of_part.people for part, of_part in windows.items()},
         "left_out": {run: why for part in windows.values() for run, why in part.left_out.items()},
         **facts,
     }

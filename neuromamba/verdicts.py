@@ -238,7 +238,8 @@ def where_chance_is(evaluation: Evaluation) -> str:
             f"Without looking at the scans, naming the training mean for everyone gives an MAE of "
             f"{number(constant[('mean', 'mae')])}; r is then not defined, and guessing gives 0."
         )
-    true = evaluation.predictions.drop_duplicates("subject")["y_true"]
+    once = [name for name in ("subject", "state") if name in evaluation.predictions]
+    true = evaluation.predictions.drop_duplicates(once)["y_true"]
     common = true.value_counts(normalize=True)
     return (
         f"Guessing gives an AUROC of 0.5 and a balanced accuracy of {1 / len(classes):.2g}; "

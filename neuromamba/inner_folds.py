@@ -1,0 +1,48 @@
+"""Inner folds of the training samples, by which a penalty is chosen, whole subjects together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import StratifiedGroupKFold
+
+Ints = npt.NDArray[np.int64]
+Splits = list[tuple[Ints, Ints]]
+"""Of each fold, the numbers of the samples to fit and to score."""
+
+
+def grouped_folds(
+    labels: npt.ArrayLike, people: Sequence[str], folds: int, seed: int
+) -> Splits | None:
+    """Folds in which all samples of a subject are together, with each class about as often.
+
+    Parameters
+    ----------
+    labels
+        (sample,) numbers of the classes.
+    people
+        (sample,) names of the subjects.
+    folds, seed
+        At most so many folds, and what seeds them.
+
+    Returns
+    -------
+    list or None
+        As many folds as there can be where each fits and scores all classes; `None` when not even
+        two can.
+    """
+    y = np.asarray(labels)
+    classes, names = np.unique(y), np.asarray(people)
+    fewest = min(len(np.unique(names[y == k])) for k in classes)
+    for n in range(min(folds, fewest), 1, -1):
+        inner = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            # That a fold has too little of a class is looked at below.
+            warnings.simplefilter("ignore", UserWarning)
+            found = list(inner.split(y, y, names))
+        if all(len(np.unique(y[part])) == len(classes) for pair in found for part in pair):
+            return found
+    return None
