@@ -86,8 +86,9 @@ def test_a_changed_line_of_code_runs_its_stage_and_those_below_under_either_tool
     lab.edit(
         file, "from __future__ import annotations", "from __future__ import annotations\n\nX = 1"
     )
-    assert lab.planned() == {"evaluate_model": 1, "score_model": 1, "report": 1}
-    assert lab.reproduce() == EVALUATE
+    below = {"evaluate_model": 1, "score_model": 1, "report": 1}
+    assert lab.planned() == {"predict_baselines": 1, **below}
+    assert lab.reproduce() == ["baselines@tiny", *EVALUATE]
     assert lab.planned() == {}
 
 

@@ -96,14 +96,21 @@ def test_a_changed_comment_reruns_nothing(folder: Path, root: Path):
 BELOW_EVALUATE = {"evaluate_model": 2, "score_model": 1, "report": 1, "all": 1}
 BELOW_FINETUNE = {"finetune_model": 2, **BELOW_EVALUATE}
 QUALITY = {"list_excluded": 1, "overview_dataset": 1}
-BELOW_TOKENS = {"qc_batch": 2, **QUALITY, "pretrain_model": 1, **BELOW_FINETUNE}
+BELOW_TOKENS = {
+    "qc_batch": 2,
+    **QUALITY,
+    "predict_baselines": 2,
+    "pretrain_model": 1,
+    **BELOW_FINETUNE,
+}
 
 
 @pytest.mark.parametrize(
     ("setting", "rules"),
     [
         ("evaluate={bootstrap: 60}", BELOW_EVALUATE),
-        ("qc={outlier: 5}", {"overview_dataset": 1, "all": 1}),
+        ("evaluate={inner_folds: 3}", {"predict_baselines": 2, **BELOW_EVALUATE}),
+        ("qc={outlier: 5}", {"overview_dataset": 1, "report": 1, "all": 1}),
         ("finetune={learning_rate: 0.01}", BELOW_FINETUNE),
         ("pretrain={weight_decay: 0.1}", {"pretrain_model": 1, **BELOW_FINETUNE}),
         ("tokens={brain_fraction: 0.2}", {"tokens_batch": 2, **BELOW_TOKENS}),
