@@ -3,7 +3,8 @@
 Input: a folder with `abide_cc400/` (`timeseries.npz`: CC400 ROI series of ABIDE subjects from the
 Preprocessed Connectomes Project, C-PAC with band-pass and global signal regression, int8 z values
 per ROI; `participants.tsv`) and `atlas/cc400_roi_atlas_3mm.nii.gz`. Output: a folder that looks
-like fMRIPrep derivatives, one run a subject, which `benchmarks/painted_abide.yaml` describes:
+like fMRIPrep derivatives, one run a subject, with the atlas beside them, which
+`benchmarks/painted_abide.yaml` describes:
 
     python benchmarks/paint_abide.py DATA data/painted-abide
     snakemake --cores 2 all --configfile benchmarks/painted_abide.yaml
@@ -18,6 +19,7 @@ Craddock 2013, and do not distribute what this script writes without its licence
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -80,7 +82,8 @@ def main() -> None:
 
     arrays = np.load(options.data / "abide_cc400" / "timeseries.npz", allow_pickle=False)
     rows = {name: row for row, name in enumerate(arrays["file_id"])}
-    image = nib.load(options.data / "atlas" / "cc400_roi_atlas_3mm.nii.gz")
+    regions = options.data / "atlas" / "cc400_roi_atlas_3mm.nii.gz"
+    image = nib.load(regions)
     atlas = np.asarray(image.dataobj).astype(np.int16)
     labels = arrays["roi_label"]
     atlas[~np.isin(atlas, labels)] = 0
@@ -110,6 +113,8 @@ def main() -> None:
             folder / f"{name}_desc-preproc_bold.json",
             {"RepetitionTime": repetition_time, "TaskName": "rest"},
         )
+    with atomic_path(options.output / regions.name) as path:
+        shutil.copyfile(regions, path)
     write_table(options.output / "participants.tsv", subjects)
     write_json(
         options.output / "dataset_description.json",

@@ -34,6 +34,7 @@ class Regions:
         self._masker = masker
         self._label = masker.number_regions(atlas)
         self._sums: dict[str, list[Floats]] = {kind: [] for kind in KINDS}
+        self._seen: list[npt.NDArray[np.int_]] = []
         self._outside: list[float] = []
 
     def add(self, one: SubjectMap) -> None:
@@ -42,24 +43,27 @@ class Regions:
             weights = getattr(one, kind)[inside].astype(np.float64)
             found = np.bincount(self._label[inside], weights, minlength=count)
             sums.append(found.astype(np.float64))
+        self._seen.append(np.bincount(self._label[one.brain & inside], minlength=count))
         self._outside.append(float(one.strength[~inside].sum(dtype=np.float64)))
 
     def table(self, brain: Mask, between: Floats | None, seed: int) -> pd.DataFrame:
         """Rows of regions with voxels in `brain`, the strongest first.
 
-        Columns `region`; `n_voxels` of its voxels in `brain`; `strength`, mean over the
-        region's voxels and subjects; `share` of the strength of the whole map; `signed` and
-        `between`, sums over the region's voxels; and bootstrap intervals over subjects
-        `<column>_low`, `<column>_high` of `strength` and `signed`.
+        Columns `region`; `n_voxels` of its voxels in `brain`; `strength`, mean over the voxels of
+        the region that a subject has (0 where it has none), then over subjects; `share` of the
+        strength of the whole map; `signed` and `between`, sums over the region's voxels; and
+        bootstrap intervals over subjects `<column>_low`, `<column>_high` of `strength` and
+        `signed`.
         """
         count = np.bincount(self._label[brain & (self._label >= 0)], minlength=self._size)
         there = np.flatnonzero(count)
         strength = np.stack(self._sums["strength"])[:, there]
+        seen = np.maximum(np.stack(self._seen)[:, there], 1)
         whole = np.stack(self._sums["strength"]).sum(1) + np.array(self._outside)
         columns: dict[str, Any] = {
             "region": [self.atlas.labels[k] for k in there],
             "n_voxels": self._voxels(brain)[there],
-            **_with_interval("strength", strength / count[there], seed),
+            **_with_interval("strength", strength / seen, seed),
             "share": strength.sum(0) / max(whole.sum(), np.finfo(float).tiny),
             **_with_interval("signed", np.stack(self._sums["signed"])[:, there], seed),
         }

@@ -58,10 +58,10 @@ def describe_baselines(notes: dict[str, Any], classes: bool) -> list[str]:
             f"training and validation parts; inverse penalty {facts['inverse_penalty']:g}, {chosen}"
         )
     if left_out := notes.get("baselines_left_out"):
-        told.append(
-            f"{join([BASELINES[name] for name in left_out])}: left out, because nothing that it "
-            "would be told by is known to differ between the states of a subject"
-        )
+        why = "it would take the target, which is the site, out of the features"
+        if "samples" in notes:
+            why = "nothing that it would be told by is known to differ between a subject's states"
+        told.append(f"{join([BASELINES[name] for name in left_out])}: left out, because {why}")
     return told
 
 

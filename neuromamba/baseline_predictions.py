@@ -5,26 +5,27 @@ Who is trained on and tested is the same for models and baselines: `choose_subje
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from neuromamba.baselines import Subjects, predict_baselines
-from neuromamba.config import Config
-from neuromamba.confound_model import confounds_of, state_confounds
+from neuromamba.config import Config, Evaluate
+from neuromamba.confound_model import confounds_of, says_target, state_confounds
 from neuromamba.events import sample_name, state_of, subject_of
 from neuromamba.excerpts import Excerpt
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
 from neuromamba.participants import read_participants
 from neuromamba.splits import read_split
-from neuromamba.states import good_runs, read_states, usable_of
+from neuromamba.states import States, good_runs, read_states, usable_of
 from neuromamba.tables import read_table, write_table
 
 PREDICTIONS = "predictions.tsv"
-BY_SUBJECT = ("fc-combat",)
-"""Baselines that take out what is the same in all states of a subject: there is nothing to take."""
+BY_SITE = ("fc-combat",)
+"""Baselines that take out the effects of sites."""
 
 
 def choose_subjects(config: Config, dataset: str, target: str) -> Subjects:
@@ -99,7 +100,7 @@ def choose_samples(config: Config, dataset: str, target: str) -> Subjects:
     usable = set(usable_of(config, dataset)["subject"])
     everybody = [name for part in split.values() for name in part]
     unlabelled = len(usable & set(everybody)) - sum(counts)
-    return Subjects(spec.class_names, train, test, unlabelled)
+    return Subjects(spec.class_names, train, test, unlabelled, states=states)
 
 
 def run_baselines(config: Config, dataset: str, target: str) -> None:
@@ -161,36 +162,46 @@ def read_baselines(
 def predict_references(
     config: Config, dataset: str, target: str, subjects: Subjects
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
-    """`predict_baselines` on a dataset's results.
+    """`predict_baselines` on a dataset's results, without those that know nothing of the target.
 
     Seeded by `splits.seed`: the baselines are the same beside every model and every model's seed.
     """
-    if target in config.datasets[dataset].state_targets:
-        return _predict_states(config, dataset, target, subjects)
+    if subjects.states is not None:
+        return _predict_states(config, dataset, subjects, subjects.states)
     runs = good_runs(config, dataset)
     stores, confounds = _stores(config, dataset, runs), confounds_of(config, dataset, target, runs)
-    return predict_baselines(config.evaluate, subjects, stores, confounds, config.splits.seed)
+    settings = config.datasets[dataset]
+    site = settings.participants.site_column if settings.participants else None
+    # What tells one site from another is all that there is to predict a site by.
+    without = BY_SITE if says_target(settings, target, "site", site) else ()
+    chosen = _leave_out(config.evaluate, without)
+    return predict_baselines(chosen, subjects, stores, confounds, config.splits.seed)
+
+
+def _leave_out(settings: Evaluate, names: Sequence[str]) -> Evaluate:
+    kept = [name for name in settings.baselines if name not in names]
+    return settings.model_copy(update={"baselines": kept})
 
 
 def _predict_states(
-    config: Config, dataset: str, target: str, subjects: Subjects
+    config: Config, dataset: str, subjects: Subjects, states: States
 ) -> tuple[dict[str, pd.DataFrame], dict[str, dict[str, Any]]]:
     """`predict_references` of samples, without the baselines that know nothing of a state.
 
     Age or site are the same in all states of a subject. Head motion is not, where it is known.
     """
-    layout, states = Layout.of(config, dataset), read_states(config, dataset, target)
+    layout = Layout.of(config, dataset)
     stores = {}
     for sample in [*subjects.train.index, *subjects.test.index]:
         number = subjects.classes.index(state_of(sample))
         runs = states.runs[subject_of(sample)]
         taken = [(layout.array("rois", run), states.labels[run] == number) for run in runs]
         stores[sample] = [Excerpt(tuple(part for part in taken if part[1].any()))]
-    confounds = state_confounds(config, dataset, target, list(stores))
+    confounds = state_confounds(config, dataset, states, list(stores))
     known = confounds.loc[subjects.train.index].nunique().gt(1).any()
-    without = BY_SUBJECT if known else (*BY_SUBJECT, "confounds", "fc-regress")
-    kept = [name for name in config.evaluate.baselines if name not in without]
-    settings = config.evaluate.model_copy(update={"baselines": kept})
+    # A site is the same in all states of a subject: there is nothing to take out.
+    without = BY_SITE if known else (*BY_SITE, "confounds", "fc-regress")
+    settings = _leave_out(config.evaluate, without)
     return predict_baselines(settings, subjects, stores, confounds, config.splits.seed)
 
 

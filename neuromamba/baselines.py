@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -30,30 +30,21 @@ import pandas as pd
 
 from neuromamba.combat import fit_combat
 from neuromamba.config import Evaluate
+from neuromamba.config.evaluation import Baseline
 from neuromamba.confound_model import design
 from neuromamba.events import subject_of
 from neuromamba.files import InputError
-from neuromamba.inner_folds import grouped_folds
+from neuromamba.inner_folds import class_folds
 from neuromamba.linear_models import Confounds, Method, predict_class, predict_number
 from neuromamba.metrics import PROBABILITY
 from neuromamba.roi_features import Connectivity, Stores, load_connectivity
 from neuromamba.series_features import load_moments, load_tangent
+from neuromamba.states import States
 
 METHODS: dict[str, Method] = {"fc-svm": "svm", "fc-kernel-ridge": "kernel-ridge"}
 """Baselines with another model than logistic or ridge regression."""
 NO_FEATURES = ("majority", "mean")
-BASELINES = (
-    "fc",
-    "fc-regress",
-    "fc-combat",
-    "fc-partial",
-    "fc-tangent",
-    "fc-svm",
-    "fc-kernel-ridge",
-    "roi-mean",
-    "confounds",
-    *NO_FEATURES,
-)
+BASELINES = (*get_args(Baseline), *NO_FEATURES)
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,8 @@ class Subjects:
         the validation part of the split. Of states, of each sample.
     unlabelled, without_runs
         Subjects of the split without a label, and with one but without a usable run.
+    states
+        Of states, what the events tell.
     """
 
     classes: list[str]
@@ -76,6 +69,7 @@ class Subjects:
     test: pd.Series
     unlabelled: int
     without_runs: int = 0
+    states: States | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -210,27 +204,22 @@ def _predict(
     regressed: Confounds | None = None,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Predictions in the form of `predict_baselines`, and the inverse penalty with its folds."""
-    counts = subjects.train.value_counts() if subjects.classes else [len(subjects.train)]
-    folds = int(min(settings.inner_folds, *counts))
     how = (settings.inner_folds, seed, method, regressed)
     index = subjects.test.index
     if subjects.classes:
         present = [name for name in subjects.classes if (subjects.train == name).any()]
         labels = np.array([present.index(name) for name in subjects.train], dtype=np.int64)
-        people = subjects.people
-        several = people if len(set(people)) < len(people) else None
-        if several:
-            folds = len(grouped_folds(labels, people, folds, seed) or [0])
-        values, chosen = predict_class(train, labels, test, *how, several)
+        inner = class_folds(labels, subjects.people, settings.inner_folds, seed)
+        values, chosen = predict_class(train, labels, test, *how, subjects.people)
         table = pd.DataFrame(values, index, [PROBABILITY + name for name in present])
         table = table.reindex(columns=subjects.columns, fill_value=0.0)
-        return table, {"inverse_penalty": chosen, "folds": folds}
+        return table, {"inverse_penalty": chosen, "folds": len(inner or [])}
     numbers = subjects.train.to_numpy(float)
     # Standardised, so that one grid of penalties suits every unit.
     mean, sd = numbers.mean(), numbers.std()
     scaled, chosen = predict_number(train, (numbers - mean) / sd, test, *how)
     table = pd.DataFrame({"value": mean + sd * scaled}, index)
-    return table, {"inverse_penalty": chosen, "folds": folds}
+    return table, {"inverse_penalty": chosen, "folds": min(settings.inner_folds, len(numbers))}
 
 
 def no_features(labels: pd.Series, classes: Sequence[str]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from neuromamba.contents import CONTENT_COLUMNS
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.qc_rules import left_out
+from neuromamba.spacing import spaced
 from neuromamba.stage import refuse_if_too_many_excluded
 from neuromamba.tables import read_table
 from neuromamba.token_store import Normalization, TokenStore
@@ -134,10 +135,8 @@ class TokenWindows:
         }
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        batch = {
-            name: torch.from_numpy(np.concatenate([sample[name] for sample in samples]))
-            for name in samples[0]
-        }
+        joined = {name: np.concatenate([one[name] for one in samples]) for name in samples[0]}
+        batch = {name: torch.from_numpy(value) for name, value in joined.items()}
         batch["patches"] = torch.tensor([len(sample["tokens"]) for sample in samples])
         return batch
 
@@ -202,16 +201,15 @@ class Windows:
                 self._positions[run] = min(reader.positions(run) for reader in readers)
             except InputError as error:
                 self.left_out[run] = " ".join(str(error).split())
-        rows = [(run, self.left_out.get(run)) for run in [*self._positions, *self.left_out]]
-        if not rows:
+        if not names:
             raise InputError("no runs to take windows from; see excluded.tsv for the reasons")
-        table = pd.DataFrame(rows, columns=["run", "reason"])
+        reasons = [self.left_out.get(run) for run in names]
+        table = pd.DataFrame({"run": names, "reason": reasons})
         refuse_if_too_many_excluded("windows", table, max_excluded)
-        kept = {
-            subject: sorted(run for run in of_subject if run in self._positions)
-            for subject, of_subject in runs.items()
-        }
-        self.runs = {subject: kept[subject] for subject in sorted(kept) if kept[subject]}
+        self.runs: dict[str, list[str]] = {}
+        for subject in sorted(runs):
+            if kept := sorted(run for run in runs[subject] if run in self._positions):
+                self.runs[subject] = kept
         self.subjects = list(self.runs)
         self._groups = self._group(weights or {"": 1.0})
         self._order = lru_cache(2 * len(self._groups))(self._draw_order)
@@ -251,10 +249,8 @@ class Windows:
 
     def batch(self, windows: Sequence[Window]) -> Batch:
         """Read windows into one batch."""
-        batch: Batch = {
-            "subject": [window.subject for window in windows],
-            "run": [window.run for window in windows],
-        }
+        names = ("subject", "run")
+        batch: Batch = {name: [getattr(window, name) for window in windows] for name in names}
         for reader in self._readers:
             batch |= reader.collate([reader.read(window.run, window.start) for window in windows])
         return batch
@@ -281,12 +277,6 @@ class Windows:
 
     def _draw_order(self, seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
         return np.random.default_rng([seed, _ORDER, epoch]).permutation(count)
-
-
-def spaced(last: int, count: int) -> npt.NDArray[np.intp]:
-    """At most `count` evenly spaced numbers from 0 to `last`; a single one is in the middle."""
-    places = np.linspace(0, last, count) if count > 1 else np.array([last / 2])
-    return np.unique(np.floor(places + 0.5).astype(np.intp))
 
 
 def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:

@@ -29,12 +29,12 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from neuromamba.batches import spaced
 from neuromamba.embed import WINDOWS
 from neuromamba.files import InputError
 from neuromamba.moments import Floats, Moments
 from neuromamba.pretrained import Pretrained
 from neuromamba.resample import Resampler, resample_mask, target_affine
+from neuromamba.spacing import spaced
 from neuromamba.store import FLOAT16_MAX, READ_VOLUMES, Code
 from neuromamba.tokens import PatchIndex, index_patches
 from neuromamba.volumes import PROBE_VOLUMES

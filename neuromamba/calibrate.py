@@ -54,6 +54,7 @@ from neuromamba.observe import (
 )
 from neuromamba.owned import own
 from neuromamba.record import OnChange
+from neuromamba.spacing import some_of
 from neuromamba.tables import read_table
 
 MOST_TRAINING = 1000
@@ -119,8 +120,10 @@ def run_calibration(
         network.load_state_dict(world.tensors_from_lead(kept))
         network.eval()
         grid = patch_grid(config.volumes, config.tokens.patch)
+        some = {part: of.subjects for part, of in windows.items()}
+        some["train"] = some_of(some["train"], MOST_TRAINING)
         observed = {
-            part: observe_subjects(network, of, _some(of.subjects, part), settings, grid, world)
+            part: observe_subjects(network, of, some[part], settings, grid, world)
             for part, of in windows.items()
         }
         if world.leads:
@@ -205,13 +208,6 @@ def learn_level(
         errors = values[:, 0] - truth
         scores = {VALUE: np.sort(np.abs(errors)).tolist()}
     return OfLevel(scores=scores, distances=distances, **facts), cloud
-
-
-def _some(subjects: Sequence[str], part: str) -> list[str]:
-    """All subjects, or of many training ones some, evenly spaced."""
-    if part != "train" or len(subjects) <= MOST_TRAINING:
-        return list(subjects)
-    return [subjects[k] for k in np.linspace(0, len(subjects) - 1, MOST_TRAINING).astype(int)]
 
 
 def _units(rows: Sequence[Observed], level: Level) -> Units:

@@ -125,7 +125,10 @@ def _add(
         "seed": {"type": int, "help": "seed of the training (default: the first of `seeds`)"},
         "subject": {"help": "a subject, such as sub-01 (default: all in turn)"},
         "batch": {"type": int, "help": "which of `compute.batches` jobs (default: all in turn)"},
-        "fold": {"help": "of a cross-validation, such as fold-0 (default: all in turn)"},
+        "fold": {
+            "help": "of a cross-validation, such as fold-0 (default: all in turn; embed, export "
+            "and explain need one)"
+        },
         "fraction": {
             "type": float,
             "help": "make it a cell of the scaling study, on this share of the training subjects; "
@@ -157,7 +160,7 @@ def _add_embed(stage: argparse.ArgumentParser) -> None:
 
 
 def _add_explain(stage: argparse.ArgumentParser) -> None:
-    text = "a name under the dataset's `targets` (default: the only one)"
+    text = "a name under the dataset's `targets` (default: all; with --output, the only one)"
     stage.add_argument("--target", help=text)
     text = "a folder that is not there yet (default: the model's own, as `snakemake explain`)"
     stage.add_argument("--output", type=Path, metavar="FOLDER", help=text)

@@ -38,7 +38,7 @@ FEWEST = 2
 """Training subjects of a site, without which its variance is unknown."""
 TOLERANCE, MAX_STEPS = 1e-6, 1000
 SMALLEST_VARIANCE = 1e-12
-"""Of the effects of a site over features, which have variance 1."""
+"""Of features, which have variance 1, and of the effects of a site over them."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -131,14 +131,15 @@ def _shrink(n: Floats, location: Floats, square: Floats) -> tuple[Floats, Floats
     n, location, square
         (feature,) number of values, their mean, and the sum of their squared deviations from it.
     """
-    has_mean, has_variance = n > 0, n > 1
+    # A site whose subjects do not differ, but for rounding, tells nothing of its scale.
+    has_mean, has_variance = n > 0, (n > 1) & (square > SMALLEST_VARIANCE * n)
     variance = square[has_variance] / (n[has_variance] - 1)
     centre, width = _moments(location[has_mean], 0.0)
     typical, breadth = _moments(variance, 1.0)
     # The moments of a normal and of an inverse gamma distribution.
     shape, rate = typical**2 / breadth + 2, typical**3 / breadth + typical
     shifted, scaled = location, np.full(len(n), typical)
-    scaled[has_variance] = np.maximum(variance, SMALLEST_VARIANCE)
+    scaled[has_variance] = variance
     for _ in range(MAX_STEPS):
         before = shifted, scaled
         shifted = (n * width * location + scaled * centre) / (n * width + scaled)

@@ -36,6 +36,8 @@ def _pretrain(options: argparse.Namespace) -> None:
     if dataset in config.datasets:
         dataset, model = config.pretraining_of(dataset, model)
     if fraction is not None:
+        if options.fold is not None:
+            raise InputError("--fold: a cell of the scaling study is always of the first fold")
         job = Job("cell", dataset, model=model, seed=seed, fraction=fraction)
         with recorded(config, job):
             run_pretrain(config, dataset, model, seed, options.on_change, fraction)
@@ -84,12 +86,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     config = read_config(options)
     dataset, model, seed = choose_training(options, config)
+    folds = config.splits.protocol != "holdout"
+    if options.pool and (options.fold is not None or not folds):
+        raise InputError("--pool puts all folds of a cross-validation together; leave it out")
     for target in choose_targets(options, config, dataset):
         job = Job("evaluate", dataset, model=model, seed=seed, target=target)
         for fold in [] if options.pool else choose_folds(options, config):
             with recorded(fold, replace(job, fold=fold.fold)):
                 run_evaluate(fold, dataset, model, seed, target)
-        if options.fold is None and config.splits.protocol != "holdout":
+        if options.fold is None and folds:
             with recorded(config, job):
                 run_pool(config, dataset, model, seed, target)
 
@@ -161,7 +166,10 @@ def _explain(options: argparse.Namespace) -> None:
             "--output is missing: maps by other options than the config's need a folder of their "
             "own"
         )
-    for target in choose_targets(options, config, dataset):
+    targets = choose_targets(options, config, dataset)
+    if options.target is None:  # a state is one of windows, of which there are no maps
+        targets = list(config.datasets[dataset].subject_targets)
+    for target in targets:
         job = Job("explain", dataset, model=model, seed=seed, target=target, fold=config.fold)
         with recorded(config, job):
             run_explain(config, dataset, model, seed, target)

@@ -133,6 +133,8 @@ def read_entries(runs: Sequence[Path]) -> tuple[list[Entry], dict[str, str]]:
 
 def _about(path: Path) -> tuple[str, str, int, str] | None:
     """Dataset, model, seed and target of a file of predictions, if it is a whole evaluation's."""
+    if len(path.parts) < 7:  # the root, five folders and the file
+        return None
     *_, dataset, model, seed, stage, target, _ = path.parts
     number = re.fullmatch(r"seed-(\d+)", seed)
     return (dataset, model, int(number[1]), target) if number and stage == "evaluate" else None
@@ -230,11 +232,8 @@ def what_differs(first: Entry, other: Entry) -> str:
 
 
 def _some(names: pd.Index) -> str:
-    return (
-        f" ({', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''})"
-        if len(names)
-        else ""
-    )
+    shown = ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
+    return f" ({shown})" if shown else ""
 
 
 def find_references(group: Sequence[Entry]) -> list[Reference]:

@@ -4,13 +4,15 @@ They are what the confound model predicts from, and what `fc-regress` takes out 
 that does not beat them may have learnt who moved, or which scanner was used.
 
 - `age` and `sex` are what the dataset's targets of these names are told by, or else the columns of
-  the table of subjects that are called so; `site` is `participants.site_column`. What the target is
-  told by is never among them, under whatever name.
+  the table of subjects that are called so; `site` is `participants.site_column`. The column the
+  target is told by, and the confound of the target's name, are never among them. Another column
+  that says the same is: leave it out of `evaluate.confounds`.
 - `mean_fd` (framewise displacement by the confounds of the preprocessing, mm), `tsnr` and
   `n_voxels` (brain voxels) are means over a subject's runs, `n_volumes` is their sum.
-- A column that no training subject has a value in is left out. Missing numbers become the training
-  median; a missing site or sex is a category of its own, and one that training lacks is none of
-  those that it has.
+- Of states, all that counts is head motion during the state: `mean_fd` and `std_dvars`.
+- A column in which the training subjects do not differ is left out. Missing numbers become the
+  training median; a missing site or sex is a category of its own, and one that training lacks is
+  none of those that it has.
 """
 
 from __future__ import annotations
@@ -27,20 +29,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from neuromamba.config import Config, Dataset
-from neuromamba.events import (
-    NONE,
-    EventFiles,
-    label_volumes,
-    read_events,
-    sample_name,
-    subject_of,
-)
+from neuromamba.events import NONE, label_volumes, sample_name, subject_of
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.participants import read_rows
 from neuromamba.qc_metrics import Motion, read_motion
 from neuromamba.stage import read_manifest
-from neuromamba.states import usable_of
+from neuromamba.states import States
 from neuromamba.tables import read_table
 
 CATEGORIES = ("sex", "site")
@@ -73,15 +68,19 @@ def _of_people(config: Config, dataset: str, target: str) -> pd.DataFrame:
     if settings.participants is None:
         return pd.DataFrame()
     table = read_rows(settings.participants)
-    own = settings.targets[target].column
-    told_by = {_plain(target), _plain(own)}
     columns = {}
     for name in ("age", *CATEGORIES):
         column = _column_of(name, settings, list(map(str, table)))
-        if column in table and column != own and name not in told_by:
+        if column in table and not says_target(settings, target, name, column):
             cells = table[column].str.strip()
             columns[name] = cells if name in CATEGORIES else pd.to_numeric(cells, errors="coerce")
     return pd.DataFrame(columns, index=table.index)
+
+
+def says_target(settings: Dataset, target: str, name: str, column: str | None) -> bool:
+    """Whether a confound, told by a column, is of a target's name or told by what it is told by."""
+    own = settings.targets[target].column
+    return column == own or name in {_plain(target), _plain(own)}
 
 
 def _column_of(name: str, settings: Dataset, columns: Sequence[str]) -> str | None:
@@ -120,7 +119,7 @@ def _of_runs(config: Config, dataset: str, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def state_confounds(
-    config: Config, dataset: str, target: str, samples: Sequence[str]
+    config: Config, dataset: str, states: States, samples: Sequence[str]
 ) -> pd.DataFrame:
     """What head motion tells of samples, which are subjects in states.
 
@@ -132,28 +131,26 @@ def state_confounds(
     """
     if "mean_fd" not in config.evaluate.confounds:
         return pd.DataFrame(index=list(samples))
-    layout, settings = Layout.of(config, dataset), config.datasets[dataset]
-    spec, files = settings.state_targets[target], EventFiles(settings.events_folder)
-    index = read_table(layout.index, dtype={"run": str, "subject": str, "confounds": str})
-    index = index[index["run"].isin(usable_of(config, dataset)["run"])]
-    wanted = {subject_of(sample) for sample in samples}
+    columns = {"run": str, "subject": str, "confounds": str}
+    index = read_table(Layout.of(config, dataset).index, dtype=columns)
+    wanted = [run for name in {*map(subject_of, samples)} for run in states.runs[name]]
     volumes = []
-    for row in index[index["subject"].isin(wanted)].to_dict("records"):
-        events = files.find(row["run"])
+    for row in index[index["run"].isin(wanted)].to_dict("records"):
         motion = _motion(row.get("confounds"), int(row["n_volumes"]))
-        if events is None or motion is None:
+        if motion is None:
             continue
+        # All volumes of the scan, of which there may be fewer in the ROI series.
         step = float(row["repetition_time"])
         times = np.arange(int(row["n_volumes"])) * step
-        states = label_volumes(times, step, read_events(events, spec), spec.lag)
-        of_run = pd.DataFrame({"state": states, "subject": row["subject"]})
+        labels = label_volumes(times, step, states.events[row["run"]], states.target.lag)
+        of_run = pd.DataFrame({"state": labels, "subject": row["subject"]})
         for name, values in (("mean_fd", motion.fd), ("std_dvars", motion.std_dvars)):
             of_run[name] = np.nan if values is None else values
         volumes.append(of_run[of_run["state"] != NONE])
     if not volumes:
         return pd.DataFrame(index=list(samples))
     together = pd.concat(volumes)
-    names = together["state"].map(dict(enumerate(spec.class_names)))
+    names = together["state"].map(dict(enumerate(states.target.class_names)))
     pairs = zip(together["subject"], names, strict=True)
     means = together[["mean_fd", "std_dvars"]].groupby([sample_name(*pair) for pair in pairs])
     return means.mean().reindex(list(samples))

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from neuromamba.excerpts import Excerpt
+from neuromamba.excerpts import Excerpt, varies
 from neuromamba.files import InputError
 
 VARIABLES = {"pearson": "fc", "partial": "fc_partial"}
@@ -52,7 +52,7 @@ def connectivity(
     (roi, roi) float32
         Rows and columns of a ROI that is missing or constant are NaN, its diagonal too.
     """
-    present = _varies(series)
+    present = varies(series)
     matrix = np.full((series.shape[1],) * 2, np.nan, dtype=np.float32)
     if present.any():
         found = {"pearson": _pearson, "partial": _partial}[kind](series[:, present])
@@ -92,13 +92,6 @@ def read_z(store: Path | Excerpt, kind: str | None = None) -> tuple[str, npt.NDA
                 "and run rois"
             ) from None
         raise InputError(f"{store}: not a readable ROI store ({error}); run rois") from None
-
-
-def _varies(series: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
-    """Which columns are neither missing nor constant, but for the rounding of float32."""
-    values = series.astype(np.float64)
-    rounding = np.finfo(np.float32).eps * np.abs(values).max(axis=0)
-    return np.asarray(values.std(axis=0) > rounding)
 
 
 def _pearson(series: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

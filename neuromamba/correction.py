@@ -5,8 +5,9 @@ metric of each target (AUROC or MAE) one, each other metric another. p against c
 too. Whoever reads the report may pick any of its comparisons, so the chance of a single false claim
 is what has to be held, not the share of false ones.
 
-Where a comparison has two p, by permutation and by the corrected resampled t-test over the folds of
-a cross-validation, the larger one is corrected: both are asked for.
+A comparison of a cross-validation has two p, by permutation and by the corrected resampled t-test
+over the folds. The larger one is corrected, for both are asked for: where one is missing, so is
+`p_holm`.
 """
 
 from __future__ import annotations
@@ -43,27 +44,33 @@ def corrected(evaluations: Sequence[Evaluation], alpha: float = ALPHA) -> list[E
         e.metrics[e.metrics["predictor"] == e.model].assign(versus="chance") for e in evaluations
     ]
     chance = _holm(own)
-    compared = _holm([e.comparison for e in evaluations])
+    larger = [larger_p(e.comparison, "fold" in e.predictions) for e in evaluations]
+    compared = _holm([e.comparison.assign(p=p) for e, p in zip(evaluations, larger, strict=True)])
     found = []
     for k, evaluation in enumerate(evaluations):
-        comparison = compared[k]
-        better = comparison["better"].where(comparison["p_holm"] <= alpha, None)
-        metrics = evaluation.metrics.assign(p_holm=chance[k]["p_holm"])
-        comparison = comparison.assign(better=better)
+        better = evaluation.comparison["better"].where(compared[k] <= alpha, None)
+        comparison = evaluation.comparison.assign(p_holm=compared[k], better=better)
+        metrics = evaluation.metrics.assign(p_holm=chance[k])
         found.append(replace(evaluation, metrics=metrics, comparison=comparison))
     return found
 
 
-def _holm(tables: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The tables with `p_holm`, a family being what has the same `versus` and kind of metric."""
+def larger_p(comparison: pd.DataFrame, over_folds: bool) -> pd.Series:
+    """The p of each comparison; over folds the larger of the two, missing where one of them is."""
+    columns = ["p", "p_resampled"] if over_folds else ["p"]
+    return comparison.reindex(columns=columns).astype(float).max(axis=1, skipna=False)
+
+
+def _holm(tables: Sequence[pd.DataFrame]) -> list[pd.Series]:
+    """The corrected p of each table's `p`; a family has the same `versus` and kind of metric."""
     parts = [
         table.assign(family=table["versus"] + table["metric"].where(~_of_first_metric(table), ""))
         for table in tables
     ]
     together = pd.concat(parts, keys=range(len(parts)))
-    p = together.reindex(columns=["p", "p_resampled"]).astype(float).max(axis=1)
+    p = together["p"].astype(float)
     holm = p.groupby(together["family"]).transform(lambda p: correct(p.to_numpy(float)))
-    return [table.assign(p_holm=holm.loc[k]) for k, table in enumerate(tables)]
+    return [holm.loc[k] for k in range(len(tables))]
 
 
 def _of_first_metric(table: pd.DataFrame) -> pd.Series:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -238,12 +238,12 @@ def write_embeddings(path: Path, rows: pd.DataFrame, values: Floats) -> None:
         write_table(path, pd.concat([rows, pd.DataFrame(embedding, columns=columns)], axis=1))
         return
     # Text as an array of its own kind: as objects it would be pickled.
-    arrays = {
+    arrays: dict[str, Any] = {
         str(name): np.array(column.tolist())  # numbers, or text of fixed width
         for name, column in rows.items()
     }
     with atomic_path(path) as temporary:
-        np.savez(temporary, allow_pickle=False, embedding=embedding, **arrays)
+        np.savez(temporary, embedding=embedding, **arrays)
 
 
 def embed_tokens(

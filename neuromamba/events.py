@@ -137,7 +137,8 @@ def read_events(path: Path, target: State) -> Events:
     Raises
     ------
     InputError
-        When a column is missing, or such an event has no time: with the line, and what to do.
+        When a column is missing, such an event has no time (with the line, and what to do), or a
+        cell means two classes.
     """
     table = read_table(path, dtype=str, na_values=MISSING)
     table.columns = table.columns.str.strip()
@@ -147,9 +148,7 @@ def read_events(path: Path, target: State) -> Events:
                 f"{path} has no column {column!r}; it has: {', '.join(table.columns)}; correct it, "
                 "or name another column in the target"
             )
-    number = {
-        comparable(cell): k for k, cells in enumerate(target.classes.values()) for cell in cells
-    }
+    number = _number_of_cell(target)
     state = table[target.column].map(comparable, na_action="ignore").map(number)
     rows = table[state.notna()]
     onset, duration = (_seconds(rows[name], path) for name in ("onset", "duration"))
@@ -160,6 +159,21 @@ def read_events(path: Path, target: State) -> Events:
     end = np.round(onset + duration, MICROSECONDS)
     states = np.asarray(state[state.notna()], dtype=np.int64)[order]
     return Events(onset[order], end[order], states)
+
+
+def _number_of_cell(target: State) -> dict[str, int]:
+    """The number of its class by cell, made comparable."""
+    number: dict[str, int] = {}
+    for k, (name, cells) in enumerate(target.classes.items()):
+        for cell in cells:
+            other = number.setdefault(comparable(cell), k)
+            if other != k:
+                raise InputError(
+                    f"the target by column {target.column!r}: classes "
+                    f"{target.class_names[other]!r} and {name!r} have the same cell {cell!r}, "
+                    "written in two ways; leave one out"
+                )
+    return number
 
 
 def _seconds(cells: pd.Series, path: Path) -> npt.NDArray[np.float64]:

@@ -66,8 +66,13 @@ def read_series(store: Path) -> Floats:
         raise InputError(f"{store}: not a readable ROI store ({error}); run rois") from None
 
 
+def varies(series: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
+    """Which columns are neither missing nor constant, but for the rounding of float32."""
+    values = series.astype(np.float64)
+    rounding = np.finfo(np.float32).eps * np.abs(values).max(axis=0)
+    return np.asarray(values.std(axis=0) > rounding)
+
+
 def _standardise(series: Floats) -> Floats:
-    spread = series.std(axis=0)
-    rounding = np.finfo(np.float32).eps * np.abs(series).max(axis=0)
-    varies = spread > rounding  # nor is NaN
-    return (series - series.mean(axis=0)) / np.where(varies, spread, np.nan)
+    spread = np.where(varies(series), series.std(axis=0), np.nan)
+    return (series - series.mean(axis=0)) / spread

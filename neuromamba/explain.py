@@ -48,14 +48,14 @@ from neuromamba.explainer import (
     choose_class,
     choose_steps,
     open_windows,
-    spread,
-    tested_subjects,
+    subjects_to_explain,
 )
 from neuromamba.files import InputError, atomic_path, write_json
 from neuromamba.layout import Layout
 from neuromamba.parcellation import Parcellation, make_cubes
 from neuromamba.predictor import Predictor, open_predictor
 from neuromamba.resample import target_affine
+from neuromamba.spacing import some_of
 from neuromamba.tables import write_table
 
 CHECK_SUBJECTS = 10
@@ -129,7 +129,7 @@ def run_explain(
     predictor = open_predictor(layout.finetune(model, seed, target), config.compute.device)
     atlas = _atlas_of(config, dataset, predictor)
     ours = config.explain
-    names = tested_subjects(config, dataset, ours.subjects) if subjects is None else subjects
+    names = subjects_to_explain(config, dataset, ours.subjects) if subjects is None else subjects
     count = ours.windows if windows is None else windows
     steps = ours.steps if steps is None else steps
     explainer, opened = _open(config, dataset, predictor, atlas, names, steps, count, of_class)
@@ -224,7 +224,7 @@ def _explain_all(
     group, checked = GroupMap(masker.shape), {}
     change: list[list[float]] = []
     total: list[float] = []
-    compared = set(spread(names, CHECK_SUBJECTS))
+    compared = set(some_of(names, CHECK_SUBJECTS))
     for name in tqdm(names, desc="explain", unit="subject", mininterval=1.0):
         one = explainer.explain(explainer.predictor.network, study.windows, name)
         group.add(one)

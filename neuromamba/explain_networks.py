@@ -13,30 +13,29 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.linear_model import LogisticRegression, RidgeCV
 from torch import nn
 from tqdm import tqdm
 
 from neuromamba.attribution_checks import shuffled
 from neuromamba.batches import Windows, list_runs
 from neuromamba.config import Config
-from neuromamba.explainer import WINDOWS, open_windows, spread
+from neuromamba.explainer import WINDOWS, open_windows
 from neuromamba.files import InputError
-from neuromamba.finetune import read_labels
-from neuromamba.heads import HeadedModel, NumberHead
+from neuromamba.heads import HeadedModel
+from neuromamba.labels import read_labels
 from neuromamba.layout import Layout
-from neuromamba.observe import merge_runs, observe_run
+from neuromamba.observe import merge_runs, observe_subject
 from neuromamba.predictor import Predictor, open_predictor
+from neuromamba.probe import fit_layer
+from neuromamba.spacing import some_of
 from neuromamba.splits import read_split
 
 FIT_SUBJECTS = 200
@@ -109,37 +108,31 @@ def _refitted(config: Config, dataset: str, predictor: Predictor, seed: int) -> 
     labels = read_labels(config, dataset, predictor.target)
     train = [n for n in read_split(Layout.of(config, dataset).split)["train"] if n in labels]
     made = set(list_runs(config, dataset, train)["subject"])
-    names = spread([name for name in train if name in made], FIT_SUBJECTS) if made else []
-    values = np.array([labels[name] for name in names])
-    if len(set(values.tolist())) < 2:
+    names = some_of([name for name in train if name in made], FIT_SUBJECTS)
+    windows = open_windows(config, dataset, predictor, names) if names else None
+    values = np.array([labels[name] for name in windows.subjects] if windows else [])
+    if windows is None or len(set(values.tolist())) < 2:
         tqdm.write(f"{dataset}: no training subjects to fit another head on", sys.stderr)
         return
-    windows = open_windows(config, dataset, predictor, names)
-    kept = [name in windows.runs for name in names]
-    features, values = observe_features(predictor, windows), values[kept]
+    features, folds = observe_features(predictor, windows), config.evaluate.inner_folds
     permuted = np.random.default_rng(seed).permutation(values)
-    yield Compared("labels", "refit", refit_head(predictor.network, features, values))
-    yield Compared("head", "labels", refit_head(predictor.network, features, permuted))
+    for name, against, given in (("labels", "refit", values), ("head", "labels", permuted)):
+        fitted = refit_head(predictor.network, features, given, folds, seed)
+        yield Compared(name, against, fitted)
 
 
 def observe_features(predictor: Predictor, windows: Windows) -> Matrix:
     """The features of each subject, mean over windows: (subject, feature)."""
-    rows, size = [], predictor.finetune.batch_size
+    how = predictor.finetune.model_copy(update={"evaluation_windows": WINDOWS})
     bar = tqdm(windows.subjects, desc="features", unit="subject", mininterval=1.0)
-    for subject in bar:
-        every = windows.spaced(WINDOWS, [subject])
-        runs = [
-            observe_run(predictor.network, windows, list(of_run), size, predictor.grid)
-            for _, of_run in itertools.groupby(every, key=lambda window: window.run)
-        ]
-        rows.append(merge_runs(runs)[1])
-    return np.stack(rows)
+    seen = (observe_subject(predictor.network, windows, subject, how) for subject in bar)
+    return np.stack([merge_runs(runs)[1] for runs in seen])
 
 
 def refit_head(
-    network: HeadedModel, features: Matrix, labels: Sequence[float] | Matrix
+    network: HeadedModel, features: Matrix, labels: Matrix, folds: int, seed: int
 ) -> HeadedModel:
-    """A copy of a network whose last layer is a penalised linear model of its features.
+    """A copy of a network whose last layer is that of a linear probe of its features.
 
     Parameters
     ----------
@@ -147,39 +140,20 @@ def refit_head(
         Stays as it is.
     features, labels
         (subject, feature), and the number of each subject's class or its value.
-
-    Returns
-    -------
-    HeadedModel
-        Balanced logistic regression of classes, ridge regression of a number.
+    folds, seed
+        See `probe.fit_layer`.
     """
     # The backbone is the same, and only read.
     other = copy.deepcopy(network, {id(network.backbone): network.backbone})
-    task = network.task
     # Means over windows vary less than windows do: without their own scale the penalty would win.
     mean, sd = features.mean(0), features.std(0)
     sd = np.where(sd > 0, sd, 1.0)
-    x = (features - mean) / sd
-    if isinstance(task, NumberHead):
-        z = (np.asarray(labels) - task.mean.item()) / task.sd.item()
-        fitted = RidgeCV(alphas=len(x) * np.logspace(-1, 4, 6)).fit(x, z)
-        weight, bias = fitted.coef_[None], np.array([fitted.intercept_])
-    else:
-        weight, bias = _fit_classes(x, np.asarray(labels), task.outputs)
+    fit_layer(other, torch.from_numpy((features - mean) / sd), labels.tolist(), folds, seed)
     layer = other.head[-1]
     assert isinstance(layer, nn.Linear)
     with torch.no_grad():
-        layer.weight.copy_(torch.as_tensor(weight / sd))
-        layer.bias.copy_(torch.as_tensor(bias - (weight / sd) @ mean))
+        weight = layer.weight.double().cpu() / torch.from_numpy(sd)
+        bias = layer.bias.double().cpu() - weight @ torch.from_numpy(mean)
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
     return other
-
-
-def _fit_classes(x: Matrix, labels: npt.NDArray[Any], outputs: int) -> tuple[Matrix, Matrix]:
-    """Weights (class, feature) and biases of the classes' logits; 0 of classes nobody has."""
-    fitted = LogisticRegression(class_weight="balanced", max_iter=5000).fit(x, labels)
-    weight, bias = np.zeros((outputs, x.shape[1])), np.zeros(outputs)
-    # Of two classes there is one row, for the log of the odds.
-    share = np.array([[-0.5], [0.5]]) if len(fitted.classes_) == 2 else np.eye(len(fitted.classes_))
-    weight[fitted.classes_] = share @ fitted.coef_
-    bias[fitted.classes_] = share @ fitted.intercept_
-    return weight, bias

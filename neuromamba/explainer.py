@@ -14,7 +14,7 @@ from neuromamba.attribution import attribute
 from neuromamba.attribution_checks import judge_completeness
 from neuromamba.attribution_maps import SubjectMap, Summed
 from neuromamba.attribution_maskers import Masker
-from neuromamba.batches import Window, Windows, group_runs, make_readers, spaced
+from neuromamba.batches import Window, Windows, group_runs, list_runs, make_readers
 from neuromamba.config import Config
 from neuromamba.embed import choose_runs
 from neuromamba.files import InputError
@@ -23,8 +23,8 @@ from neuromamba.layout import Layout
 from neuromamba.predictor import Predictor
 from neuromamba.pretrained import refuse_other_grid
 from neuromamba.scalars import to_device
+from neuromamba.spacing import some_of
 from neuromamba.splits import read_split
-from neuromamba.tables import read_table
 from neuromamba.token_store import TokenStore
 
 WINDOWS = 2
@@ -112,16 +112,23 @@ def choose_steps(explainer: Explainer, windows: Windows, subject: str) -> int:
     return STEPS[-1]
 
 
-def spread(names: Sequence[str], most: int) -> list[str]:
-    """At most `most` of some names, evenly spaced."""
-    return [names[k] for k in spaced(len(names) - 1, most)]
+def subjects_to_explain(config: Config, dataset: str, most: int) -> list[str]:
+    """At most `most` of the test subjects that have usable runs, evenly spaced over their names.
 
-
-def tested_subjects(config: Config, dataset: str, most: int) -> list[str]:
-    """At most `most` of the test subjects that have runs, evenly spaced over their names."""
+    Raises
+    ------
+    InputError
+        When there is nobody.
+    """
     layout = Layout.of(config, dataset)
-    made = set(read_table(layout.index, dtype=str)["subject"])
-    return spread([name for name in read_split(layout.split)["test"] if name in made], most)
+    test = read_split(layout.split)["test"]
+    made = set(list_runs(config, dataset, test)["subject"])
+    if not made:
+        raise InputError(
+            f"{layout.split}: no subject of the part 'test' has tokens of good quality; see "
+            f"{layout.excluded} for the reasons, or name others by --subjects"
+        )
+    return some_of([name for name in test if name in made], most)
 
 
 def open_windows(

@@ -2,7 +2,7 @@
 
 What learns, by `mode`: the whole model (`full`), low-rank changes of its linear layers (`adapters`,
 see there), or neither (`head`); with each of these the head and, where there is one, the model's
-`pool`. A `probe` fits the head alone, in closed form (see there), and takes no steps.
+`pool`. A `probe` fits the head alone, by a convex fit (see there), and takes no steps.
 
 Design choices
 --------------
@@ -21,13 +21,10 @@ Design choices
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -36,26 +33,22 @@ from neuromamba.adapters import add_adapters, remove_adapters
 from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_readers
 from neuromamba.calibrate import only_uncalibrated, run_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
-from neuromamba.config import Classification, Config, Finetune, State
+from neuromamba.config import Config, Finetune, State
 from neuromamba.events import state_of, subject_of
 from neuromamba.files import InputError, digest_json
-from neuromamba.heads import ClassHead, HeadedModel, NumberHead, make_unscaled
+from neuromamba.heads import HeadedModel, make_unscaled
+from neuromamba.labels import labelled_subjects, make_task, read_samples, tell_left_out
 from neuromamba.layout import Layout
 from neuromamba.observe import merge_runs, observe_subject
-from neuromamba.participants import read_participants
 from neuromamba.pretrain import PARTS, make_network, make_record, make_settings, open_windows
 from neuromamba.probe import probe_and_save
 from neuromamba.record import OnChange, ancestry, differences
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
-from neuromamba.splits import read_split
 from neuromamba.stage_settings import target_settings
 from neuromamba.state_windows import windows_of
-from neuromamba.states import States, read_states
+from neuromamba.states import read_states
 from neuromamba.trained import Facts, already_there, train_and_save
-
-SHOWN = 5
-"""Runs whose reasons are told."""
 
 
 def run_finetune(
@@ -118,27 +111,6 @@ def run_finetune(
         run_calibration(config, dataset, folder, network, windows, used, settings)
 
 
-def read_samples(
-    config: Config, dataset: str, model: str, target: str
-) -> tuple[Mapping[str, int | float], States | None]:
-    """The label of each subject; or, of a state, that of each sample, and what tells it."""
-    if target not in config.datasets[dataset].state_targets:
-        return read_labels(config, dataset, target), None
-    states = read_states(config, dataset, target)
-    return states.samples([config.models[model].volumes]), states
-
-
-def tell_left_out(what: str, unlabelled: Mapping[str, int], states: States | None) -> None:
-    """Tell the user how many subjects, and which runs of a state's target, have no label."""
-    if any(unlabelled.values()):
-        counts = ", ".join(f"{count} of part {part}" for part, count in unlabelled.items())
-        tqdm.write(f"{what}: left out for want of a label: {counts}", sys.stderr)
-    reasons = list(states.left_out.values()) if states else []
-    if reasons:
-        more = f" (and {len(reasons) - SHOWN} more)" if len(reasons) > SHOWN else ""
-        tqdm.write(f"{what}: runs left out: {'; '.join(reasons[:SHOWN])}{more}", sys.stderr)
-
-
 def train_by_gradient(
     network: HeadedModel,
     settings: Finetune,
@@ -173,73 +145,6 @@ def standardize(network: HeadedModel, train: Windows, settings: Finetune) -> Non
     spaced = train.spaced(settings.validation_windows)
     batches = tqdm(list(spaced), desc="standardize", unit="window", mininterval=1.0)
     network.standardize(to_device(train.batch([w]), device) for w in batches)
-
-
-def labelled_subjects(
-    layout: Layout, labels: Mapping[str, int | float]
-) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """The subjects (or samples) of each part that have a label, and how many subjects have none."""
-    split = read_split(layout.split)
-    of_subject: dict[str, list[str]] = {}
-    for name in sorted(labels):
-        of_subject.setdefault(subject_of(name), []).append(name)
-    subjects = {part: [n for one in split[part] for n in of_subject.get(one, [])] for part in PARTS}
-    return subjects, {part: len({*split[part]} - {*of_subject}) for part in PARTS}
-
-
-def read_labels(config: Config, dataset: str, target: str) -> dict[str, int | float]:
-    """The label of each subject that has one: the number of its class, or its value."""
-    settings = config.datasets[dataset]
-    spec = settings.subject_targets[target]
-    labels = read_participants(settings)[target].dropna()
-    if isinstance(spec, Classification):
-        number = {name: k for k, name in enumerate(spec.classes)}
-        return {str(subject): number[name] for subject, name in labels.items()}
-    return {str(subject): float(value) for subject, value in labels.items()}
-
-
-def make_task(
-    config: Config,
-    dataset: str,
-    target: str,
-    subjects: Mapping[str, Sequence[str]],
-    labels: Mapping[str, int | float],
-) -> ClassHead | NumberHead:
-    """The loss for a target, weighted or scaled by the labels of the training subjects.
-
-    Raises
-    ------
-    InputError
-        When a part has no labelled subject, or all labels of the training subjects are the same.
-    """
-    settings = config.datasets[dataset]
-    spec = settings.targets[target]
-    file = settings.participants.file if settings.participants else dataset
-    if isinstance(spec, State):
-        file = f"the events in {settings.events_folder}"
-    where = f"{file}: column {spec.column!r} (target {target!r})"
-    for part in PARTS:
-        if not subjects[part]:
-            raise InputError(
-                f"{where} has a label for no subject of part {part!r}; add labels, or raise "
-                f"splits.{part}" + ("" if part == "validation" else " by lowering the others")
-            )
-    values = [labels[name] for name in subjects["train"]]
-    counts = Counter(values)
-    if len(counts) == 1:
-        what = (
-            f"only class {spec.class_names[int(values[0])]!r}"
-            if spec.class_names
-            else f"only the value {values[0]:g}"
-        )
-        raise InputError(
-            f"{where} has {what} for all {len(values)} training subjects, so there is nothing to "
-            "learn; check the column and the target's `classes`, or remove the target"
-        )
-    if spec.class_names:
-        share = {k: len(values) / (len(counts) * count) for k, count in counts.items()}
-        return ClassHead([share.get(k, 0.0) for k in range(len(spec.class_names))])
-    return NumberHead(float(np.mean(values)), float(np.std(values)))
 
 
 def refuse_other_settings(
@@ -285,9 +190,11 @@ def predict_subjects(
     spec = config.datasets[dataset].targets[target]
     settings = make_settings(config, model, section.finetune, seed)
     settings["target"] = target_settings(config.datasets[dataset], target)
-    refuse_other_settings(folder, load_model_info(folder), settings)
-    classes = spec.class_names
-    network = make_unscaled(make_network(config, model, seed), classes, section.finetune.mode)
+    info, classes = load_model_info(folder), spec.class_names
+    refuse_other_settings(folder, info, settings)
+    # The mode that it was trained by, which the config may no longer have.
+    probe = info["settings"]["finetune"]["mode"] == "probe"
+    network = make_unscaled(make_network(config, model, seed), classes, probe)
     load_weights(network, folder)
     network.to(choose_device(config.compute.device)).eval()
     runs = list_runs(config, dataset, {subject_of(name) for name in subjects})

@@ -58,6 +58,7 @@ from neuromamba.pretrained import open_pretrained
 from neuromamba.record import provenance
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
+from neuromamba.spacing import some_of
 from neuromamba.splits import read_split
 from neuromamba.tables import read_table, write_table
 
@@ -137,13 +138,6 @@ def known_volumes(config: Config, model: str) -> int:
             f"tokens.time_patch ({time_patch}) below the {window} volumes of its window"
         )
     return context
-
-
-def some_of(subjects: Sequence[str], count: int | None) -> list[str]:
-    """`count` of the subjects, evenly from the list; all where it is `None` or there are fewer."""
-    if count is None or count >= len(subjects):
-        return list(subjects)
-    return [subjects[int(k)] for k in np.linspace(0, len(subjects) - 1, count)]
 
 
 def open_runs(

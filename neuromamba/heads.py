@@ -14,7 +14,7 @@ of classes, the mean of the logits, which is another thing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +22,6 @@ from torch.nn import functional
 
 from neuromamba.adapters import adapter_rates, merge_adapters
 from neuromamba.batches import Batch
-
-Mode = Literal["full", "adapters", "head", "probe"]
 
 
 class ClassHead(nn.Module):
@@ -184,10 +182,6 @@ class HeadedModel(nn.Module):
     def loss(self, batch: Batch) -> dict[str, torch.Tensor]:
         return self.task.loss(self._output(self.features(batch)), batch["label"])
 
-    def predict(self, batch: Batch) -> torch.Tensor:
-        """Probabilities (batch, n_classes), or values (batch, 1) in the target's own units."""
-        return self.predict_features(self.features(batch))
-
     def features(self, batch: Batch) -> torch.Tensor:
         """The standardised embeddings (batch, width) float32, which the head reads."""
         embedding = self.backbone.embed(batch)  # type: ignore[operator]
@@ -195,7 +189,7 @@ class HeadedModel(nn.Module):
             return self.standardized(embedding)
 
     def predict_features(self, features: torch.Tensor) -> torch.Tensor:
-        """What `predict` gives for the batch that has these features."""
+        """Probabilities (batch, n_classes), or values (batch, 1) in the target's own units."""
         return self.task.predict(self._output(features))
 
     def _output(self, features: torch.Tensor) -> torch.Tensor:
@@ -204,10 +198,11 @@ class HeadedModel(nn.Module):
             return self.head(features)
 
 
-def make_unscaled(backbone: nn.Module, classes: Sequence[str], mode: Mode) -> HeadedModel:
-    """The network of a finished fine-tuning by `mode`, to load its weights into.
+def make_unscaled(backbone: nn.Module, classes: Sequence[str], of_means: bool) -> HeadedModel:
+    """The network of a finished fine-tuning, to load its weights into.
 
-    What its head was scaled by comes with them. Without classes it predicts a number.
+    What its head was scaled by comes with them. Without classes it predicts a number. `of_means`:
+    it is a probe.
     """
     task = ClassHead([1.0] * len(classes)) if classes else NumberHead(0.0, 1.0)
-    return HeadedModel(backbone, task, 0.0, frozen=True, of_means=mode == "probe")
+    return HeadedModel(backbone, task, 0.0, frozen=True, of_means=of_means)

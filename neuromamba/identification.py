@@ -34,7 +34,8 @@ from neuromamba.weighted_metrics import Metrics
 
 MEASURES = ("accuracy", "mean_rank", "percentile_rank", "idiff")
 BLOCK = 16_000_000
-"""Features held at once (128 MB in float64)."""
+"""Features of a block: 128 MB in float64. Two blocks are held, with what of them is present and
+what is made of them: at most eight times as much, 1 GB."""
 DECIMALS = 12
 """Of a similarity; what is beyond depends on the order of a sum, and would break ties by it."""
 

@@ -47,7 +47,6 @@ from neuromamba.connectivity import connectivity
 from neuromamba.embed import mean_of_windows
 from neuromamba.evaluate import find_seen
 from neuromamba.files import InputError, atomic_path, write_json
-from neuromamba.forecast import some_of
 from neuromamba.identification import identify, similarity
 from neuromamba.identify_figure import draw_identification
 from neuromamba.layout import Layout
@@ -67,6 +66,7 @@ from neuromamba.pretrained import open_pretrained
 from neuromamba.record import provenance
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
+from neuromamba.spacing import some_of
 from neuromamba.splits import read_split
 from neuromamba.tables import read_table, write_table
 from neuromamba.token_store import TokenStore
@@ -201,9 +201,10 @@ def compare_occasions(
                 held[name][which, row] = values
     bar = tqdm(held.items(), desc="compare", unit="predictor", delay=2.0)
     found = {name: similarity(first, second) for name, (first, second) in bar}
-    subjects = np.array([pair.subject for pair in pairs])
+    arrays: dict[str, Any] = {"subject": np.array([pair.subject for pair in pairs]), **found}
     with atomic_path(folder / "similarity.npz") as temporary:
-        np.savez(temporary, allow_pickle=False, subject=subjects, **found)
+        # Text and numbers need no pickle; an older numpy takes `allow_pickle` for an array.
+        np.savez(temporary, **arrays)
 
 
 def _on_disk(folder: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -19,6 +19,7 @@ from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.listing import LISTING_COLUMNS, list_runs_of
 from neuromamba.participants import read_participants, read_rows
+from neuromamba.preprocess_key import template_files
 from neuromamba.qc_rules import left_out
 from neuromamba.raw_bids import fingerprint_subject
 from neuromamba.raw_listing import failed_runs, raw_subjects
@@ -106,12 +107,9 @@ class Inputs(ABC):
 
     def _templates(self, job: Job) -> dict[str, str | None]:
         """Digests of the files that subjects are registered to."""
-        template = self.config.preprocess.ants.template
-        if self.config.preprocess.engine != "ants" or template is None:
-            return {}
         return {
             name: self._digest(job, f"template {name}", file, partial(self._template, file))
-            for name, file in template.model_dump(exclude_none=True).items()
+            for name, file in template_files(self.config.preprocess).items()
         }
 
     def _template(self, file: str) -> str:

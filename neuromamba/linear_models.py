@@ -37,11 +37,11 @@ from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
-from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC, SVR
 
-from neuromamba.inner_folds import Splits, grouped_folds
+from neuromamba.inner_folds import class_folds
 from neuromamba.weighted_metrics import mean_auroc
 
 PENALTIES = np.logspace(-3, 4, 8)
@@ -160,7 +160,7 @@ def predict_class(
     method, confounds
         The model, and what is regressed out of the features.
     people
-        Of each training row, where several are of one subject, the subject's name.
+        The subject's name of each training row; `None` where each is of another one.
 
     Returns
     -------
@@ -169,12 +169,7 @@ def predict_class(
         The inverse penalty C.
     """
     x, x_test, n_confounds = _prepare(train, test, method, confounds)
-    folds = min(folds, np.bincount(labels).min())
-    inner: StratifiedKFold | Splits | None = None
-    if people is not None:
-        inner = grouped_folds(labels, people, folds, seed)
-    elif folds > 1:
-        inner = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    inner = class_folds(labels, people, folds, seed)
     model, chosen = _choose(_classifier(method), x, labels, n_confounds, inner, _auroc)
     if inner is not None:
         model = _calibrate(model, x, labels, inner)

@@ -1,7 +1,8 @@
 """A methods section to copy into a paper: what was done in this run, and what to cite for it.
 
-Every sentence follows from a record: the stores' attributes, `model.json`, the notes of the
-evaluation, what there is in the results. What was configured and has not run is not told. Citations
+What was done follows from records: the stores' attributes, `model.json`, the notes of the
+evaluation, what there is in the results. The grid, patches, splits and numbers of resamples that it
+was done with are those of the settings. What was configured and has not run is not told. Citations
 are in Pandoc's form, `[@key]`; the bibliography holds what is cited and nothing else.
 """
 
@@ -15,13 +16,13 @@ from typing import Any
 from neuromamba import __version__, methods_models, methods_results
 from neuromamba.ants_outputs import NAME as ANTS
 from neuromamba.collect import Data, Evaluation, Training
-from neuromamba.config import Config, Dataset
+from neuromamba.config import Config, Dataset, Denoise
 from neuromamba.files import write_text
 from neuromamba.references import bibliography, cited_keys
 
 HEAD = """# Methods
 
-Written by neuromamba {version} from the records of this run. Citations are keys of
+Written by neuromamba {version} from the records and settings of this run. Citations are keys of
 `references.bib`: `pandoc --citeproc --bibliography references.bib methods.md -o methods.docx`.
 """
 ANTS_TEXT = (
@@ -127,11 +128,11 @@ def _data(settings: Dataset, data: Data) -> str:
 def _preprocessing(config: Config, facts: Facts) -> list[str]:
     sentences = []
     for data in facts.data:
-        sentences += [_preprocessed(data), _resampled(config, data, facts.attributes)]
-    if facts.attributes:
-        cleaned = all("denoise" in known for known in facts.attributes.values())
-        sentences += [_denoised(config, cleaned), _tokens(config)]
-    return sentences
+        sentences.append(_preprocessed(data))
+        if data.name in facts.attributes:
+            known = facts.attributes[data.name]
+            sentences += [_resampled(config, data, known), _denoised(data, known)]
+    return sentences + ([_tokens(config)] if facts.attributes else [])
 
 
 def _preprocessed(data: Data) -> str:
@@ -148,10 +149,7 @@ def _preprocessed(data: Data) -> str:
     return f"Scans of {data.name} were preprocessed by {'; '.join(parts)}."
 
 
-def _resampled(config: Config, data: Data, attributes: dict[str, dict[str, Any]]) -> str:
-    if data.name not in attributes:
-        return ""
-    known = attributes[data.name]
+def _resampled(config: Config, data: Data, known: dict[str, Any]) -> str:
     how = f"{known['interpolation']} " if "interpolation" in known else ""
     grid, edge = " x ".join(map(str, config.volumes.shape)), config.volumes.voxel_size
     space = known.get("space", config.datasets[data.name].space)
@@ -162,34 +160,30 @@ def _resampled(config: Config, data: Data, attributes: dict[str, dict[str, Any]]
     )
 
 
-def _denoised(config: Config, cleaned: bool) -> str:
-    """What was taken out of the signal; nothing over time where the volumes have no record of it.
-
-    `cleaned` is whether they have one.
-    """
-    settings = config.volumes.denoise
-    if settings.in_time and not cleaned:
-        return "Nothing further was taken out of the signal."
+def _denoised(data: Data, known: dict[str, Any]) -> str:
+    """What was taken out of the signal, by the attributes of an example's volumes."""
+    record = known.get("denoise", {})
+    settings = Denoise.model_validate(
+        {k: v for k, v in record.items() if k in Denoise.model_fields}
+    )
     values = settings.model_dump(mode="json")
     parts = [text.format(**values) for name, text in CONFOUNDS.items() if name in settings.strategy]
     if settings.detrend:
         parts.append("linear trends")
     bounds = {"below": settings.high_pass, "above": settings.low_pass}
     parts += [f"frequencies {side} {hz:g} Hz" for side, hz in bounds.items() if hz]
-    if not parts and not settings.smoothing and not settings.repetition_time:
-        return "Nothing further was taken out of the signal."
-    text = ""
+    text = f"Nothing further was taken out of the signal of {data.name}."
     if parts:
         text = (
-            f"Taken out of each voxel's signal by nilearn [@abraham2014nilearn; "
+            f"Taken out of each voxel's signal of {data.name} by nilearn [@abraham2014nilearn; "
             f"@wang2024denoising], confounds and filter jointly [@lindquist2019filters]: "
             f"{'; '.join(parts)}."
         )
     if settings.repetition_time:
         text += f" Runs were resampled to a repetition time of {settings.repetition_time:g} s."
-    if settings.smoothing:
-        text += f" They were smoothed by a Gaussian of {settings.smoothing:g} mm (FWHM)."
-    return text.strip()
+    if known.get("smoothing"):
+        text += f" Volumes were smoothed by a Gaussian of {known['smoothing']:g} mm (FWHM)."
+    return text
 
 
 def _tokens(config: Config) -> str:
@@ -198,7 +192,7 @@ def _tokens(config: Config) -> str:
         f"at least {tokens.brain_fraction:g} of it is" if tokens.brain_fraction else "a voxel is"
     )
     return (
-        f"They were cut into patches of {tokens.patch} x {tokens.patch} x {tokens.patch} voxels by "
+        f"Runs were cut into patches of {tokens.patch} x {tokens.patch} x {tokens.patch} voxels by "
         f"{tokens.time_patch} volumes, of which those where {brain} brain became tokens."
     )
 

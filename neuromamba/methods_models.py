@@ -69,8 +69,8 @@ def _optimised(settings: dict[str, Any], info: dict[str, Any]) -> str:
     )
 
 
-def _subjects(group: Sequence[Training]) -> str:
-    """Numbers of subjects, as a range where folds differ."""
+def _subjects(group: Sequence[Training], mode: str = "full") -> str:
+    """Numbers of subjects, as a range where folds differ, and what they were for."""
     counts = {
         part: sorted({len(training.info["subjects"][part]) for training in group})
         for part in ("train", "validation")
@@ -79,26 +79,32 @@ def _subjects(group: Sequence[Training]) -> str:
         f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
         for found in counts.values()
     )
+    if mode == "probe":
+        return (
+            f"{train} subjects, whose inner folds chose the penalty; {validation} others had no "
+            "part in it"
+        )
     return f"{train} subjects, and {validation} to choose the step by its validation loss"
 
 
 def _finetuned(name: str, own: Sequence[Training]) -> list[str]:
     """A sentence for each way in which a model was fine-tuned, naming its targets."""
-    ways: dict[str, list[Training]] = {}
+    ways: dict[tuple[str, str], list[Training]] = {}
     for training in own:
         if training.stage != "pretrain":
             settings = training.info["settings"].get("finetune", {})
             mode = settings.get("mode", "full")
             how = "" if mode == "probe" or not settings else _optimised(settings, training.info)
-            ways.setdefault(f"{MODES[mode]}{f' ({how})' if how else ''}", []).append(training)
+            ways.setdefault((mode, f" ({how})" if how else ""), []).append(training)
     sentences = []
-    for how, group in ways.items():
+    for (mode, how), group in ways.items():
         targets = ", ".join(dict.fromkeys(training.stage for training in group))
         kinds = {one.stage: one.info["settings"].get("target", {}).get("kind") for one in group}
         states = ", ".join(target for target, kind in kinds.items() if kind == "state")
         of_states = f" (of {states}, of those that were taken in the state)" if states else ""
         sentences.append(
-            f"{name} was fine-tuned to predict {targets}: {how}; {_subjects(group)}. A subject's "
-            f"prediction is the mean over evenly spaced windows of all its runs{of_states}."
+            f"{name} was fine-tuned to predict {targets}: {MODES[mode]}{how}; "
+            f"{_subjects(group, mode)}. A subject's prediction is the mean over evenly spaced "
+            f"windows of all its runs{of_states}."
         )
     return sentences

@@ -70,11 +70,14 @@ def describe_statistics(config: Config, evaluations: Sequence[Evaluation]) -> li
     if folds:
         sentences.append(
             "Metrics are means over folds. A difference was claimed only where the corrected "
-            "resampled t-test over folds agreed [@nadeau2003inference]."
+            "resampled t-test over folds agreed [@nadeau2003inference]. p against chance is too "
+            "small over folds, whose models share subjects; whether a model is better than chance "
+            "was told by its comparison with the majority class or the mean of the training labels."
         )
     sentences.append(
         "p values of models were corrected by Holm [@holm1979] over the models, seeds and targets "
-        "of a dataset that were compared with the same baseline."
+        "of a dataset that were compared with the same baseline; those of means over seeds by "
+        "themselves, over the models and targets."
     )
     seen = {name for one in evaluations for name in one.notes.get("seen_subjects", [])}
     if seen:
@@ -90,6 +93,11 @@ def describe_statistics(config: Config, evaluations: Sequence[Evaluation]) -> li
 def _protocol(config: Config) -> str:
     splits = config.splits
     chosen = f"{splits.validation:.0%} of the subjects chose the step of each training"
+    if any(model.finetune.mode == "probe" for model in config.models.values()):
+        chosen += (
+            ", but nothing of linear probes, whose penalty inner folds of the training subjects "
+            "chose"
+        )
     if splits.protocol == "holdout":
         return (
             "Subjects were split once, stratified by label and site, all runs of one subject in "

@@ -9,7 +9,8 @@ Design choices
 - p values are by permutation (`neuromamba.statistics`). The calibration error, which is no measure
   of skill, has none.
 - Under cross-validation a metric is the mean over folds of its value within a fold, never of pooled
-  scores (`neuromamba.predictors` says why). What is drawn is a subject, with its rows in all
+  scores, and a difference that of the differences within the folds in which both predictors have a
+  value (`neuromamba.predictors` says why). What is drawn is a subject, with its rows in all
   repeats. A difference is then claimed only where the corrected resampled t-test over the folds
   agrees (`neuromamba.resampled`): it is the one that is also about other training subjects.
 - Of states a subject has a row for each. It is drawn with all of them, from all subjects, and its
@@ -136,13 +137,11 @@ def difference(
     one: Predictor, other: Predictor, resamples: int, confidence: float, seed: int
 ) -> dict[str, tuple[float, float, float]]:
     """Difference of each metric of two predictors, and its interval by paired resamples."""
-    ones = np.ones((1, one.n_subjects))
-    point = one.metrics(ones), other.metrics(ones)
-    drawn = [bootstrap(each.metrics, one.strata, resamples, seed) for each in (one, other)]
+    apart = one.minus(other)
+    drawn = bootstrap(apart, one.strata, resamples, seed)
     found = {}
-    for name in point[0]:
-        value = point[0][name][0] - point[1][name][0]
-        found[name] = value, *interval(value, drawn[0][name] - drawn[1][name], confidence)
+    for name, (value,) in apart(np.ones((1, one.n_subjects))).items():
+        found[name] = value, *interval(value, drawn[name], confidence)
     return found
 
 

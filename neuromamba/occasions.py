@@ -24,10 +24,11 @@ import numpy.typing as npt
 import pandas as pd
 from torch import nn
 
-from neuromamba.batches import Windows, group_runs, list_runs, make_readers, spaced
+from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.config import Config
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
+from neuromamba.spacing import spaced
 from neuromamba.stage import usable_runs
 from neuromamba.tables import read_table
 

@@ -92,7 +92,7 @@ def mean_over_folds(folds: Sequence[Ints], tests: Sequence[Test]) -> Test:
     return mean
 
 
-def mean_of_defined(values: Sequence[npt.ArrayLike]) -> Floats:
+def mean_of_defined(values: npt.ArrayLike | Sequence[npt.ArrayLike]) -> Floats:
     """Mean over the first axis of what is no NaN; NaN where nothing is."""
     stacked = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(stacked)

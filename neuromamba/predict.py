@@ -85,7 +85,7 @@ def run_predict(
     predictor = open_predictor(model, device)
     found = find_scans(scans, predictor.space, asked or Asked())
     if explain is not None:
-        refuse_unmapped(predictor, found, level)
+        refuse_unmapped(predictor, found, level, explain)
     bar = tqdm(found, desc=f"predict {predictor.target}", unit="run", mininterval=1.0)
     outcomes = [predict_scan(predictor, scan, any_repetition_time) for scan in bar]
     table = tabulate(predictor, outcomes, level, confidence)

@@ -5,8 +5,9 @@
 
 Integrated gradients of the predicted class or value, made by the code of `neuromamba explain`, as
 the volumes `strength` and `signed` (see `attribution_maps`). A scan is prepared once more for its
-map: which class is to be explained is known only after all runs of a row have been seen, and what
-they were seen by is not kept. So one run is held at a time, and the gradients take far longer.
+map, and the first one again for the choice of the steps: which class is to be explained is known
+only after all runs of a row have been seen, and what they were seen by is not kept. So one run is
+held at a time, and the gradients take far longer.
 
 A map of one person has no checks but the completeness of its sums. Those of the model's maps are
 made by `neuromamba explain`, and should be read first.
@@ -38,9 +39,13 @@ DESCRIPTION = "dataset_description.json"
 CHECKS = "only completeness is checked here; run `neuromamba explain` for those of the model's maps"
 
 
-def refuse_unmapped(predictor: Predictor, scans: Sequence[NewScan], level: Level) -> None:
+def refuse_unmapped(
+    predictor: Predictor, scans: Sequence[NewScan], level: Level, folder: Path
+) -> None:
     """Raise `InputError` when there can be no maps, or two of them would have the same name."""
     _masker_of(predictor)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--explain {folder} is a file; give a folder")
     # By subject, the runs of a person in one folder are one row.
     rows = {
         (_entities(one, level), one.root, one.source.bold if level == "run" else None)

@@ -163,7 +163,7 @@ def _load(
     # The weights drawn here are replaced: nobody else's random numbers are to change for them.
     with torch.random.fork_rng(devices=[]):
         backbone = build_model(model, tokens.patch**3 * tokens.time_patch, compute)
-        network = make_unscaled(backbone, classes, finetune.mode)
+        network = make_unscaled(backbone, classes, finetune.mode == "probe")
     load_weights(network, folder)
     return network.to(choose_device(device)).eval()
 

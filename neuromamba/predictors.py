@@ -6,6 +6,8 @@ Design choices
   ranking them biases the AUROC: under cross-validation a metric is the mean over folds of its value
   within a fold (Forman and Scholz 2010, doi:10.1145/1882471.1882479; Airola et al. 2011,
   doi:10.1016/j.csda.2010.11.018). A test set without folds is one fold.
+- So is a difference of two predictors: the mean of the differences within the folds in which both
+  are defined, and not the difference of two means, which may be of other folds.
 - What is drawn, shuffled or swapped is a subject, with all its rows: those of the repeats of a
   cross-validation, and those of several seeds.
 - A fold in which a metric is undefined (one class, and no AUROC) is left out of that mean.
@@ -17,16 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from neuromamba import statistics
 from neuromamba.events import sample_name, subject_of
 from neuromamba.files import InputError
 from neuromamba.permutations import Floats, Ints, mean_of_defined, split_rows
+from neuromamba.statistics import p_of_chance, p_of_difference
 from neuromamba.weighted_metrics import Metrics, classification_metrics, regression_metrics
 
 PROBABILITY = "prob_"
@@ -79,43 +82,52 @@ class Predictor:
     @property
     def metrics(self) -> Metrics:
         """Means over folds as a function of the subjects' weights."""
-        parts = self._parts()
+        return lambda weight: _mean_over_folds(self.of_folds(weight))
 
-        def metrics(weight: Floats) -> dict[str, Floats]:
-            if self.people is not None:
-                weight = weight.take(self.people, axis=1)
-            found = [make(weight.take(who, axis=1)) for who, make in parts]
-            return {name: mean_of_defined([each[name] for each in found]) for name in found[0]}
+    def minus(self, other: Predictor) -> Metrics:
+        """As `metrics`, of the difference to another predictor, tested in the same folds."""
 
-        return metrics
+        def difference(weight: Floats) -> dict[str, Floats]:
+            own, others = self.of_folds(weight), other.of_folds(weight)
+            return _mean_over_folds({name: own[name] - others[name] for name in own})
+
+        return difference
+
+    def of_folds(self, weight: Floats) -> dict[str, Floats]:
+        """Of each metric, the (fold, resample) values by weights (resample, subject)."""
+        if self.people is not None:
+            weight = weight.take(self.people, axis=1)
+        found = [make(weight.take(who, axis=1)) for who, make in self._parts]
+        return {name: np.stack([each[name] for each in found]) for name in found[0]}
 
     def by_fold(self) -> dict[str, Floats]:
         """Of each metric, the (fold,) values."""
-        found = [make(np.ones((1, len(who)))) for who, make in self._parts()]
-        return {name: np.array([each[name][0] for each in found]) for name in found[0]}
+        found = self.of_folds(np.ones((1, self.n_subjects)))
+        return {name: values[:, 0] for name, values in found.items()}
 
     def against_chance(self, permutations: int, seed: int) -> dict[str, float]:
-        classes, folds = self._is_classifier, list(self.folds.values())
-        test = statistics.chance_of_classes if classes else statistics.chance_of_numbers
-        return test(self.true, self.predicted, permutations, seed, folds, self.people)
+        folds = list(self.folds.values())
+        return p_of_chance(self.true, self.predicted, permutations, seed, folds, self.people)
 
     def against(self, other: Predictor, permutations: int, seed: int) -> dict[str, float]:
-        classes, folds = self._is_classifier, list(self.folds.values())
-        test = statistics.compare_classes if classes else statistics.compare_numbers
-        return test(
-            self.true, self.predicted, other.predicted, permutations, seed, folds, self.people
-        )
+        both, folds = (self.predicted, other.predicted), list(self.folds.values())
+        return p_of_difference(self.true, *both, permutations, seed, folds, self.people)
 
     @property
     def _is_classifier(self) -> bool:
         return self.predicted.ndim == 2
 
+    @cached_property
     def _parts(self) -> list[tuple[Ints, Metrics]]:
         """The subjects of each fold, and its metrics as a function of their weights."""
         make = classification_metrics if self._is_classifier else regression_metrics
         folds = list(self.folds.values())
         parts = zip(folds, split_rows(self.predicted, folds), strict=True)
         return [(who, make(self.true[who], predicted)) for who, predicted in parts]
+
+
+def _mean_over_folds(values: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name: mean_of_defined(of_folds) for name, of_folds in values.items()}
 
 
 def read_predictors(predictions: pd.DataFrame) -> dict[str, Predictor]:

@@ -40,10 +40,14 @@ def template_digests(settings: Preprocess) -> dict[str, str]:
     InputError
         When a file cannot be read.
     """
+    return {name: _digest(name, Path(path)) for name, path in template_files(settings).items()}
+
+
+def template_files(settings: Preprocess) -> dict[str, str]:
+    """The files of a template that is not the packaged one, by what they are."""
     if settings.engine != "ants" or settings.ants.template is None:
         return {}
-    files = settings.ants.template.model_dump(exclude_none=True)
-    return {name: _digest(name, Path(path)) for name, path in files.items()}
+    return settings.ants.template.model_dump(exclude_none=True)
 
 
 def _digest(name: str, path: Path) -> str:

@@ -28,16 +28,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from torch import nn
 from tqdm import tqdm
 
@@ -46,9 +41,8 @@ from neuromamba.checkpoint import load_checkpoint
 from neuromamba.config import Config, Finetune
 from neuromamba.distributed import World, join
 from neuromamba.events import subject_of
-from neuromamba.files import InputError
 from neuromamba.heads import ClassHead, HeadedModel
-from neuromamba.inner_folds import Splits, grouped_folds
+from neuromamba.linear_probe import Linear, fit_classes, fit_number
 from neuromamba.observe import merge_runs, observe_subject
 from neuromamba.owned import OwnedFolder
 from neuromamba.record import OnChange
@@ -57,35 +51,6 @@ from neuromamba.scalars import with_skills
 from neuromamba.state import Journal
 from neuromamba.train import Fitted
 from neuromamba.trained import Facts, save_trained
-
-PENALTIES = np.logspace(-3, 4, 8)
-"""Inverse penalty (`C`) of features whose squares sum to 1 in a subject, on average."""
-NEVER = -1e4
-"""Logit of a class without a training subject."""
-
-Floats = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A fitted layer: weights (output, feature), bias (output,), and how it was chosen.
-
-    Attributes
-    ----------
-    penalty
-        Inverse penalty.
-    folds
-        Inner folds that chose it; 0 where a class has too few subjects for any, which leaves 1.
-    score
-        Mean AUROC over them, or mean squared error in z units; `None` without folds.
-    """
-
-    weights: Floats
-    bias: Floats
-    penalty: float
-    folds: int
-    score: float | None
 
 
 def probe_and_save(
@@ -111,8 +76,8 @@ def probe_and_save(
     Raises
     ------
     InputError
-        When an embedding is not finite, or the folder holds a stopped training of another mode and
-        `on_change` is `refuse`.
+        When an embedding is not finite, the training subjects with a usable run are all of one
+        class, or the folder holds a stopped training of another mode and `on_change` is `refuse`.
     """
     world, folds = join(), config.evaluate.inner_folds
     size, head = (sum(one.numel() for one in part.parameters()) for part in (network, network.head))
@@ -152,11 +117,16 @@ def train_probe(
             "the pretrained model gives no finite embedding of some subjects; its training may "
             "have diverged: look at its metrics.jsonl, and train with a lower learning_rate"
         )
+    truth = {part: [labels[name] for name in of.subjects] for part, of in windows.items()}
+    if isinstance(network.task, ClassHead) and len(set(truth["train"])) < 2:
+        world.fail(
+            "all training subjects with a usable run are of one class; model.json of the "
+            "pretraining and excluded.tsv tell which runs are left out, and why"
+        )
     network.standardize_by(found["train"])
     if not world.leads:
         return Fitted({}, 0, {}, {}, {}), {}
     features = {part: network.standardized(values) for part, values in found.items()}
-    truth = {part: [labels[name] for name in of.subjects] for part, of in windows.items()}
     people = [subject_of(name) for name in windows["train"].subjects]
     layer = fit_layer(network, features["train"], truth["train"], folds, seed, people)
     rows = {part: _score(network, features[part], truth[part]) for part in windows}
@@ -212,97 +182,6 @@ def fit_layer(
         last.weight.copy_(torch.from_numpy(layer.weights / size))
         last.bias.copy_(torch.from_numpy(layer.bias))
     return layer
-
-
-def fit_classes(
-    x: Floats,
-    labels: Labels,
-    outputs: int,
-    folds: int,
-    seed: int,
-    people: Sequence[str] | None = None,
-) -> Linear:
-    """The logistic regression of balanced classes with the highest AUROC in the inner folds.
-
-    Parameters
-    ----------
-    x
-        (subject, feature), whose squares sum to about 1 in a subject.
-    labels
-        (subject,) numbers of their classes, from 0 to `outputs` - 1.
-    folds, seed
-        Inner folds, fewer where the rarest class is smaller, and what seeds their shuffling.
-    people
-        (subject,) names; those of the same name are in one inner fold.
-
-    Raises
-    ------
-    InputError
-        When all subjects are of one class.
-    """
-    present, y = np.unique(labels, return_inverse=True)
-    if len(present) < 2:
-        raise InputError(
-            "all training subjects with a usable run are of one class; model.json of the "
-            "pretraining and excluded.tsv tell which runs are left out, and why"
-        )
-    counts = np.bincount(y)
-    weight = (len(y) / (len(counts) * counts))[y]
-    model, chosen, score = LogisticRegression(max_iter=5000), 1.0, None
-    inner = _inner(y, min(folds, int(counts.min())), seed, people)
-    folds = 0 if inner is None else len(inner)
-    slope, offset = 1.0, 0.0
-    if inner is not None:
-        search = GridSearchCV(model, {"C": PENALTIES}, scoring="roc_auc_ovr", cv=inner)
-        search.fit(x, y, sample_weight=weight)
-        model, chosen, score = search.best_estimator_, search.best_params_["C"], search.best_score_
-        if len(present) == 2:
-            slope, offset = _sigmoid(model, x, y, weight, inner)
-    else:
-        model.fit(x, y, sample_weight=weight)
-    lines, bias = model.coef_ * slope, model.intercept_ * slope + offset
-    if len(present) == 2:
-        lines, bias = np.vstack([-lines, lines]) / 2, np.concatenate([-bias, bias]) / 2
-    weights, biases = np.zeros((outputs, x.shape[1])), np.full(outputs, NEVER)
-    weights[present], biases[present] = lines, bias
-    return Linear(weights, biases, float(chosen), folds, score)
-
-
-def _inner(y: Labels, folds: int, seed: int, people: Sequence[str] | None) -> Splits | None:
-    """The inner folds, where there can be two."""
-    if people is not None and len(set(people)) < len(people):
-        return grouped_folds(y, people, folds, seed)
-    if folds < 2:
-        return None
-    inner = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    return list(inner.split(y, y))
-
-
-def fit_number(x: Floats, z: Floats, folds: int, seed: int) -> Linear:
-    """The ridge regression with the lowest squared error in the inner folds.
-
-    Parameters are those of `fit_classes`, with the target `z` (subject,) in place of classes.
-    """
-    folds = min(folds, len(z))
-    if folds < 2:
-        model = Ridge(alpha=1.0).fit(x, z)
-        return Linear(model.coef_[None], np.array([model.intercept_]), 1.0, 0, None)
-    inner = KFold(folds, shuffle=True, random_state=seed)
-    grid = {"alpha": 1 / PENALTIES}
-    search = GridSearchCV(Ridge(), grid, scoring="neg_mean_squared_error", cv=inner).fit(x, z)
-    model, chosen = search.best_estimator_, 1 / search.best_params_["alpha"]
-    bias = np.array([model.intercept_])
-    return Linear(model.coef_[None], bias, float(chosen), folds, -float(search.best_score_))
-
-
-def _sigmoid(
-    model: LogisticRegression, x: Floats, y: Labels, weight: Floats, inner: Splits
-) -> tuple[float, float]:
-    """Platt's logit of the second class, slope * decision value + offset."""
-    calibrated = CalibratedClassifierCV(model, method="sigmoid", cv=inner, ensemble=False)
-    calibrated.fit(x, y, sample_weight=weight)
-    (found,) = calibrated.calibrated_classifiers_[0].calibrators
-    return (-float(found.a_), -float(found.b_)) if found.a_ < 0 else (1.0, 0.0)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 The page holds its pictures, its style and its script, asks nothing of the network, and is read on a
 phone as well as on paper. It is written for a reader who did not run anything: what a number means
-stands beside it. All words about who is better follow from `comparison.tsv`, never from a glance at
-two numbers. Beside it go the metrics as a table, and the methods to copy into a paper.
+stands beside it. All words about who is better follow from paired comparisons whose p are corrected
+for their number, never from a glance at two numbers. Beside it go the metrics as a table, and the
+methods to copy into a paper.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from neuromamba.report_data import LONGEST_LIST, describe_data
 from neuromamba.report_metrics import write_report_metrics
 from neuromamba.report_reproduce import describe_provenance
 from neuromamba.report_results import describe_target
+from neuromamba.report_seeds import seed_means
 from neuromamba.report_studies import (
     describe_forecasts,
     describe_identification,
@@ -132,7 +134,7 @@ def describe(config: Config, found: Sequence[Found]) -> dict[str, Any]:
 
 
 def _describe_dataset(config: Config, found: Found) -> dict[str, Any]:
-    name = found.data.name
+    name, means = found.data.name, seed_means(config, found.evaluations)
     return {
         "name": name,
         "settings": config.datasets[name],
@@ -141,7 +143,7 @@ def _describe_dataset(config: Config, found: Found) -> dict[str, Any]:
         "pretraining": describe_trainings(found.pretrained),
         "curves": draw_curves(found.pretrained),
         "targets": [
-            describe_target(config, found.data, target, evaluations)
+            describe_target(config, found.data, target, evaluations, means[target])
             for target, evaluations in found.evaluations.items()
         ],
     }

@@ -39,7 +39,6 @@ def describe_provenance(config: Config, trainings: Sequence[Training]) -> dict[s
         "trainers": _versions(trainings),
         "revisions": sorted({str(t.info.get("git_revision") or "unknown") for t in trainings}),
         "digests": _digests(config, trainings),
-        "config_path": saved,
         "config_yaml": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         "commands": _commands(config, saved),
     }

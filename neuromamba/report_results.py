@@ -14,15 +14,18 @@ from neuromamba.collect import Data, Evaluation, collect_trainings
 from neuromamba.config import Config, State, Target
 from neuromamba.metrics import class_names
 from neuromamba.report_data import describe_labels
-from neuromamba.report_seeds import mean_verdict, seed_summaries, with_means
+from neuromamba.report_seeds import Means, mean_verdict, with_means
 from neuromamba.report_training import describe_trainings, draw_curves, label_of
 from neuromamba.verdicts import P_VERSUS, result_rows, verdict, where_chance_is
 
 
 def describe_target(
-    config: Config, data: Data, target: str, evaluations: Sequence[Evaluation]
+    config: Config, data: Data, target: str, evaluations: Sequence[Evaluation], means: Means
 ) -> dict[str, Any]:
-    """What the page shows of one target; `rows` is empty where nothing was evaluated."""
+    """What the page shows of one target; `rows` is empty where nothing was evaluated.
+
+    p of the evaluations and of the means over their seeds are corrected.
+    """
     settings = config.datasets[data.name].targets[target]
     trainings = list(collect_trainings(config, data.name, target))
     described: dict[str, Any] = {
@@ -40,17 +43,15 @@ def describe_target(
         return described
     first = evaluations[0]
     rows, alpha = result_rows(evaluations), 1 - config.evaluate.confidence
-    summaries = seed_summaries(config, evaluations)
     return described | {
-        "rows": with_means(rows, evaluations, summaries),
+        "rows": with_means(rows, evaluations, means.summaries),
         "columns": list(rows[0].cells),
         "tests": {name: label for name, label in P_VERSUS.items() if name in rows[0].p},
         "baselines": describe_baselines(first.notes, bool(settings.class_names)),
         "notes": first.notes,
-        "n_test": first.predictions["subject"].nunique(),
         "folds": count_folds(first.predictions),
         "seen": sorted({subject for e in evaluations for subject in e.notes["seen_subjects"]}),
-        **_verdicts(evaluations, summaries, alpha),
+        **_verdicts(evaluations, means, alpha),
         "chance": where_chance_is(first),
         "figures": draw_results(evaluations),
     }
@@ -70,14 +71,15 @@ def ask(target: str, settings: Target) -> str:
 
 
 def _verdicts(
-    evaluations: Sequence[Evaluation], summaries: dict[str, pd.DataFrame], alpha: float
+    evaluations: Sequence[Evaluation], means: Means, alpha: float
 ) -> dict[str, list[str]]:
     """All sentences, and those that answer the question: of several seeds only their mean's."""
-    means = {model: mean_verdict(model, summary) for model, summary in summaries.items()}
+    together = [mean_verdict(model, summary) for model, summary in means.summaries.items()]
+    together += means.refused.values()
     own = [(evaluation.model, verdict(evaluation, alpha)) for evaluation in evaluations]
     return {
-        "answers": [*means.values(), *(text for model, text in own if model not in means)],
-        "verdicts": [*means.values(), *(text for _, text in own)],
+        "answers": [*together, *(text for model, text in own if model not in means.summaries)],
+        "verdicts": [*together, *(text for _, text in own)],
     }
 
 

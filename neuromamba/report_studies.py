@@ -78,11 +78,13 @@ def describe_identification(config: Config) -> list[dict[str, Any]]:
     found = []
     for name, label, layout, model, seed in _of_models(config):
         folder = layout.identify(model, seed)
-        if (folder / "identify.tsv").exists():
+        # What the stage writes last.
+        if (folder / "identify.json").exists():
             table = read_table(folder / "identify.tsv", dtype={"predictor": str, "pairs": str})
             found.append(
                 {
                     "label": f"{name}, {label}",
+                    "facts": read_json(folder / "identify.json"),
                     "figure": _svg(folder / "identify.svg"),
                     "rows": [_identified(row) for row in table.to_dict("records")],
                 }
@@ -108,9 +110,12 @@ def _bounds(row: dict[Any, Any], name: str) -> tuple[float, float, float]:
 
 
 def _of_models(config: Config) -> Iterator[tuple[str, str, Layout, str, int]]:
-    """Every dataset, model, seed and fold: dataset, the rest in words, and where they lie."""
+    """Every dataset, pretrained model, seed and fold: dataset, the rest in words, and where.
+
+    Of models that share a pretraining both studies are the same, so they are of its own model only.
+    """
     for name in config.datasets:
-        for model in config.models:
+        for model in config.pretrained_models:
             for seed in config.seeds:
                 for fold in config.splits.names:
                     label = f"{model}, seed {seed}" + (f", {fold}" if fold else "")

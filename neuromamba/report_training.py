@@ -46,7 +46,7 @@ def _describe(label: str, group: Sequence[Training]) -> dict[str, Any]:
         "minutes": number(sum(minutes), 1) if minutes else "n/a",
         "n_train": _mean([len(info["subjects"]["train"]) for info in infos]),
         "n_validation": _mean([len(info["subjects"]["validation"]) for info in infos]),
-        "inputs": infos[0].get("inputs", {}),
+        "is_probe": all("probe" in info for info in infos),
         "left_out": left_out,
     }
 

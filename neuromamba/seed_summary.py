@@ -7,6 +7,8 @@ Design choices
   of the interval.
 - Averaging metrics is not ensembling: predictions of different seeds are never mixed. Against the
   FC baseline a subject's predictions are swapped for all seeds together, or for none.
+- Where a metric is not defined of every seed (one whose training collapsed has no correlation),
+  nothing is told of it: without that seed the others would look better than the model is.
 - Under cross-validation the differences of a fold are averaged over seeds before the corrected
   resampled t-test, which is of other training subjects and not of other seeds.
 """
@@ -57,7 +59,7 @@ def summarize_seeds(
         Columns `metric`, `n_seeds`, `n` (subjects), `value` (mean over seeds), `sd` (over seeds, of
         a sample), `low`, `high`, `p_chance` (one-sided), `versus`, `difference`, `difference_low`,
         `difference_high`, `p` and `p_resampled` (two-sided, not corrected), `better` (as in
-        `neuromamba.metrics.compare`).
+        `neuromamba.metrics.compare`). All but the counts are missing where a seed has no value.
 
     Raises
     ------
@@ -77,11 +79,16 @@ def summarize_seeds(
     for name, apart in difference(joined, other, resamples, confidence, seed).items():
         value, sd = float(spread[name].mean()), float(spread[name].std(ddof=1))
         tests = [found.get(name, np.nan) if name in p else np.nan for found in (p, over_folds)]
-        winner = model if (apart[1] > 0) == HIGHER_IS_BETTER[name] else versus
-        shown = is_shown(*apart[1:], tests[: 1 if holdout else 2], confidence)
+        known = np.array([chance.get(name, np.nan), *apart, *tests])
+        if not np.isfinite(value):
+            known[:] = np.nan
+        by_chance, *difference_to, swapped, resampled = known.tolist()
+        low, high = difference_to[1:]
+        winner = model if (low > 0) == HIGHER_IS_BETTER[name] else versus
+        shown = is_shown(low, high, [swapped] if holdout else [swapped, resampled], confidence)
         ends = interval(value, drawn[name], confidence)
-        row = (name, len(own), joined.n_subjects, value, sd, *ends, chance.get(name, np.nan))
-        rows.append((*row, versus, *apart, *tests, winner if shown else None))
+        row = (name, len(own), joined.n_subjects, value, sd, *ends, by_chance, versus)
+        rows.append((*row, *difference_to, swapped, resampled, winner if shown else None))
     columns = ["metric", "n_seeds", "n", "value", "sd", "low", "high", "p_chance", "versus"]
     columns += ["difference", "difference_low", "difference_high", "p", "p_resampled", "better"]
     return pd.DataFrame(rows, columns=columns)
@@ -100,11 +107,11 @@ def _predictors_of(
         )
     model = evaluations[0].model
     found = {e.seed: read_predictors(e.predictions) for e in evaluations}
-    first = found[seeds[0]][model]
     for k, predictors in found.items():
         for name in (model, versus):
             if name not in predictors:
                 raise InputError(f"predictions of {model}, seed {k}: there is no {name} among them")
+            first = found[seeds[0]][model]
             refuse_unlike(f"{model}, seed {seeds[0]}", first, f"{name}, seed {k}", predictors[name])
     return (
         model,

@@ -134,6 +134,11 @@ def fold_subjects(
         else:
             number = pd.Series(np.arange(len(ordered)) % folds, index=ordered)
         tests = [number.index[number == k] for k in range(folds)]
+        if min(len(ordered) - len(test) for test in tests) < MIN_SUBJECTS - 1:
+            raise InputError(
+                f"{folds} folds of {len(ordered)} subjects leave fewer than 2 to train and select "
+                "on in one of them; change splits.folds or splits.protocol"
+            )
         found += [_parts(subjects, ordered, test, splits, rng) for test in tests]
     return dict(zip(splits.names, found, strict=True))
 

@@ -44,7 +44,7 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
             participants, target = dataset.participants, stratified_by(dataset)
             states = {"states": True} if dataset.state_targets else {}
             return states | {
-                "splits": config.splits.model_dump(mode="json"),
+                "splits": _settings_of_splits(config),
                 "site_column": participants and participants.site_column,
                 "stratified_by": target and {target: target_settings(dataset, target)},
             }
@@ -66,6 +66,15 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
     return {}
 
 
+def _settings_of_splits(config: Config) -> dict[str, Any]:
+    unused = {
+        "holdout": {"protocol", "folds", "repeats"},
+        "k-fold": {"test"},
+        "leave-site-out": {"test", "repeats"},
+    }
+    return config.splits.model_dump(mode="json", exclude=unused[config.splits.protocol])
+
+
 def _settings_of_engine(config: Config) -> dict[str, Any]:
     engine = config.preprocess.engine
     section = {"docker": "fmriprep", "apptainer": "fmriprep"}.get(engine, engine)
@@ -77,10 +86,8 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
     model, evaluate = model_of(config, job), config.evaluate.model_dump(mode="json")
     match job.stage:
         case "pretrain" | "cell":
-            # Weights to start from are an input; how many checkpoints there are changes nothing.
             dumped = model.model_dump(mode="json", exclude={"base", "finetune"})
-            for key in ("init_from", "keep_checkpoints"):
-                dumped["pretrain"].pop(key)
+            dumped["pretrain"] = relevant_settings(model.pretrain)
             own: dict[str, Any] = {"model": dumped, "members": config.members(job.dataset)}
             cell = {"fraction": job.fraction, "steps": config.scaling.steps}
             return own | {"seed": job.seed} | (cell if job.stage == "cell" else {})

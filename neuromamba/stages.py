@@ -121,15 +121,16 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [Job("splits", job.dataset), *made, *_checked(config, members)]
         case "evaluate" if is_pooled(config, job):
             folds = [replace(job, fold=name) for name in config.splits.names]
-            return [Job("splits", job.dataset), *folds]
+            return [Job("splits", job.dataset), *folds, *_checked(config, members)]
         case "evaluate":
             references = Job("baselines", job.dataset, target=job.target, fold=job.fold)
             trained = [replace(job, stage="finetune"), references]
             return [Job("splits", job.dataset), *trained, *_checked(config, members)]
         case "explain":
             # A map is compared with those of the other seeds.
-            tuned = [replace(job, stage="finetune", seed=seed) for seed in config.seeds]
-            return [Job("splits", job.dataset), *tuned]
+            seeds = dict.fromkeys([job.seed, *config.seeds])
+            tuned = [replace(job, stage="finetune", seed=seed) for seed in seeds]
+            return [Job("splits", job.dataset), *tuned, *_checked(config, members)]
         case "scores":
             targets = config.datasets[job.dataset].targets
             evaluated = [replace(job, stage="evaluate", target=target) for target in targets]
@@ -154,8 +155,9 @@ def extra_jobs(config: Config) -> list[Job]:
     for name, model, seed in product(config.datasets, config.models, config.seeds):
         for fold in config.splits.names:
             job = Job("forecast", name, model=model, seed=seed, fold=fold)
-            jobs += [job, replace(job, stage="identify")]
-            targets = config.datasets[name].targets
+            if model in config.pretrained_models:
+                jobs += [job, replace(job, stage="identify")]
+            targets = config.datasets[name].subject_targets
             jobs += [replace(job, stage="explain", target=target) for target in targets]
     return jobs + [Job("scaling", name) for name in (*config.datasets, *config.mixtures)]
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from neuromamba.config import Config, State
 from neuromamba.events import (
     EventFiles,
+    Events,
     Ints,
     label_volumes,
     label_windows,
@@ -52,6 +53,8 @@ class States:
         What asks, and the step from one window to the next in volumes.
     runs
         By subject, the runs with events, sorted.
+    events
+        By run, those that are of a state.
     labels
         By run, (volume,) number of the class or `NONE`.
     left_out
@@ -61,6 +64,7 @@ class States:
     target: State
     time_patch: int
     runs: dict[str, list[str]]
+    events: dict[str, Events]
     labels: dict[str, Ints]
     left_out: dict[str, str]
 
@@ -101,6 +105,7 @@ def read_states(config: Config, dataset: str, target: str) -> States:
     settings, layout = config.datasets[dataset], Layout.of(config, dataset)
     spec = settings.state_targets[target]
     files = EventFiles(settings.events_folder)
+    events: dict[str, Events] = {}
     labels: dict[str, Ints] = {}
     left_out: dict[str, str] = {}
     usable = usable_of(config, dataset)
@@ -110,7 +115,8 @@ def read_states(config: Config, dataset: str, target: str) -> States:
             left_out[run] = f"{files.root} has no *_events.tsv that applies to {run}"
             continue
         times, step = _read_times(layout.array("rois", run))
-        labels[run] = label_volumes(times, step, read_events(path, spec), spec.lag)
+        events[run] = read_events(path, spec)
+        labels[run] = label_volumes(times, step, events[run], spec.lag)
     if not labels:
         raise InputError(
             f"{files.root} has no *_events.tsv that applies to any of the {len(left_out)} usable "
@@ -119,7 +125,7 @@ def read_states(config: Config, dataset: str, target: str) -> States:
         )
     with_events = usable[usable["run"].isin(labels)]
     runs = {str(name): list(of) for name, of in with_events.groupby("subject")["run"]}
-    return States(spec, config.tokens.time_patch, runs, labels, left_out)
+    return States(spec, config.tokens.time_patch, runs, events, labels, left_out)
 
 
 def usable_of(config: Config, dataset: str) -> pd.DataFrame:

@@ -28,6 +28,7 @@ Source: Bandos, Rockette and Gur 2005 (doi:10.1002/sim.2149).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,24 +56,24 @@ def scored_classes(probability: Floats) -> list[int]:
     return [1] if probability.shape[1] == 2 else list(range(probability.shape[1]))
 
 
-def chance_of_classes(
-    true: Ints,
-    probability: Floats,
+def p_of_chance(
+    true: npt.NDArray[Any],
+    predicted: Floats,
     permutations: int,
     seed: int,
     folds: Folds | None = None,
     people: Ints | None = None,
 ) -> dict[str, float]:
-    """p of each metric of a classification against shuffled labels.
+    """p of each metric against shuffled labels.
 
     Parameters
     ----------
     true
-        (subject,) number of the true class.
-    probability
-        (row, class).
+        (subject,) number of the true class, or true value.
+    predicted
+        (row, class) probabilities, or (row,) values.
     permutations, seed
-        How many shuffles, and what seeds them.
+        How many arrangements, and what seeds them.
     folds
         Whose the rows are; `None`: the subjects, tested once.
     people
@@ -82,14 +83,38 @@ def chance_of_classes(
     Returns
     -------
     dict
-        `auroc`, `balanced_accuracy`, `accuracy`, `brier` -> p.
+        `auroc`, `balanced_accuracy`, `accuracy`, `brier` of classes, `mae`, `pearson_r`, `r2` of
+        values -> p.
     """
-    folds = _folds(folds, len(true))
-    classes = np.unique(true)
-    test = mean_over_folds(
-        folds, [_classes_of_a_fold(part, classes) for part in split_rows(probability, folds)]
-    )
-    return p_values(test(true[order]) for order in shuffles(len(true), permutations, seed, people))
+    folds = [np.arange(len(true))] if folds is None else folds
+    classes = np.unique(true) if predicted.ndim == 2 else None
+    tests = [
+        _numbers_of_a_fold(part) if classes is None else _classes_of_a_fold(part, classes)
+        for part in split_rows(predicted, folds)
+    ]
+    test, orders = mean_over_folds(folds, tests), shuffles(len(true), permutations, seed, people)
+    return p_values(test(true[order]) for order in orders)
+
+
+def p_of_difference(
+    true: npt.NDArray[Any],
+    first: Floats,
+    second: Floats,
+    permutations: int,
+    seed: int,
+    folds: Folds | None = None,
+    people: Ints | None = None,
+) -> dict[str, float]:
+    """p of the difference of two predictors of the same subjects, by swapping within them.
+
+    Parameters and results are those of `p_of_chance`, with the predictions `first` and `second`.
+    All of a person is swapped, or nothing.
+    """
+    folds = [np.arange(len(true))] if folds is None else folds
+    two = _two_of_classes if first.ndim == 2 else _two_of_numbers
+    parts = zip(folds, split_rows(first, folds), split_rows(second, folds), strict=True)
+    test = mean_over_folds(folds, [two(true[who], *both) for who, *both in parts])
+    return p_values(map(test, swaps(len(true), permutations, seed, people)), two_sided=True)
 
 
 def _classes_of_a_fold(probability: Floats, classes: Ints) -> Test:
@@ -115,21 +140,6 @@ def _classes_of_a_fold(probability: Floats, classes: Ints) -> Test:
     return statistics
 
 
-def chance_of_numbers(
-    true: Floats,
-    predicted: Floats,
-    permutations: int,
-    seed: int,
-    folds: Folds | None = None,
-    people: Ints | None = None,
-) -> dict[str, float]:
-    """p of `mae`, `pearson_r` and `r2` against shuffled labels; see `chance_of_classes`."""
-    folds = _folds(folds, len(true))
-    parts = split_rows(predicted, folds)
-    test = mean_over_folds(folds, [_numbers_of_a_fold(part) for part in parts])
-    return p_values(test(true[order]) for order in shuffles(len(true), permutations, seed, people))
-
-
 def _numbers_of_a_fold(predicted: Floats) -> Test:
     def statistics(labels: Floats) -> Statistics:
         error, centred = labels - predicted, _centre(labels)
@@ -140,41 +150,6 @@ def _numbers_of_a_fold(predicted: Floats) -> Test:
         }
 
     return statistics
-
-
-def compare_classes(
-    true: Ints,
-    first: Floats,
-    second: Floats,
-    permutations: int,
-    seed: int,
-    folds: Folds | None = None,
-    people: Ints | None = None,
-) -> dict[str, float]:
-    """p of the difference of two classifications of the same subjects, by swapping within them.
-
-    Parameters
-    ----------
-    true
-        (subject,) number of the true class.
-    first, second
-        (row, class) probabilities.
-    permutations, seed
-        How many arrangements, and what seeds them.
-    folds
-        Whose the rows are; `None`: the subjects, tested once.
-    people
-        As in `chance_of_classes`; all of a person is swapped, or nothing.
-
-    Returns
-    -------
-    dict
-        `auroc`, `balanced_accuracy`, `accuracy`, `brier` -> p.
-    """
-    folds = _folds(folds, len(true))
-    parts = zip(folds, split_rows(first, folds), split_rows(second, folds), strict=True)
-    test = mean_over_folds(folds, [_two_of_classes(true[who], *both) for who, *both in parts])
-    return p_values(map(test, swaps(len(true), permutations, seed, people)), two_sided=True)
 
 
 def _two_of_classes(true: Ints, first: Floats, second: Floats) -> Test:
@@ -200,22 +175,6 @@ def _two_of_classes(true: Ints, first: Floats, second: Floats) -> Test:
     return statistics
 
 
-def compare_numbers(
-    true: Floats,
-    first: Floats,
-    second: Floats,
-    permutations: int,
-    seed: int,
-    folds: Folds | None = None,
-    people: Ints | None = None,
-) -> dict[str, float]:
-    """p of the difference in `mae`, `pearson_r` and `r2` of two regressions; (row,) each."""
-    folds = _folds(folds, len(true))
-    parts = zip(folds, split_rows(first, folds), split_rows(second, folds), strict=True)
-    test = mean_over_folds(folds, [_two_of_numbers(true[who], *both) for who, *both in parts])
-    return p_values(map(test, swaps(len(true), permutations, seed, people)), two_sided=True)
-
-
 def _two_of_numbers(true: Floats, first: Floats, second: Floats) -> Test:
     centred = _centre(true[None])
     spread = _or_nan((centred**2).sum())
@@ -233,11 +192,6 @@ def _two_of_numbers(true: Floats, first: Floats, second: Floats) -> Test:
         }
 
     return statistics
-
-
-def _folds(folds: Folds | None, n: int) -> Folds:
-    """One fold with every subject, where there are none."""
-    return [np.arange(n)] if folds is None else folds
 
 
 def correct(p: Sequence[float] | Floats) -> Floats:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from neuromamba.batches import Batch, Windows
 from neuromamba.checkpoint import CHECKPOINTS, Tensors, finished, save_model
 from neuromamba.config import Config, Optimiser
-from neuromamba.distributed import join
+from neuromamba.distributed import join, telling_lost_processes
 from neuromamba.owned import OwnedFolder, own
 from neuromamba.prefetch import prefetch
 from neuromamba.record import OnChange
@@ -118,14 +118,15 @@ def save_trained(
         "left_out": {run: why for part in windows.values() for run, why in part.left_out.items()},
         **facts,
     }
-    with own(folder, world.leads) as owned:
-        # Again, for what had the folder until now may just have ended.
-        if already_there(folder, record, on_change):
-            return
-        fitted, more = train(owned, info)
-        if world.leads:
-            finish(owned, fitted, {**info, **more})
-    world.wait()
+    with telling_lost_processes(world):
+        with own(folder, world.leads) as owned:
+            # Again, for what had the folder until now may just have ended.
+            if already_there(folder, record, on_change):
+                return
+            fitted, more = train(owned, info)
+            if world.leads:
+                finish(owned, fitted, {**info, **more})
+        world.wait()
 
 
 def finish(folder: OwnedFolder, fitted: Fitted, info: Mapping[str, Any]) -> None:

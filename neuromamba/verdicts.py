@@ -127,7 +127,7 @@ def result_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     for evaluation, better in zip(evaluations, verdicts, strict=True):
         won = {name for name in better.index if better[name] == evaluation.model}
         label = f"{evaluation.model}, seed {evaluation.seed}"
-        compared = {name: _first_p(_versus(evaluation, name)) for name in P_VERSUS}
+        compared = {name: _compared_p(_versus(evaluation, name)) for name in P_VERSUS}
         row = _row(evaluation.metrics, evaluation.model, label, won)
         p = {name: value for name, value in compared.items() if value} | row.p
         rows.append(replace(row, is_model=True, p=p))
@@ -150,16 +150,16 @@ def _row(metrics: pd.DataFrame, predictor: str, label: str, won: set[str]) -> Ro
         )
         for name, row in found.iterrows()
     }
-    p = {"chance": _first_p(found)}
+    p = {"chance": p_value(_p(found.iloc[0]))}
     return Row(label, cells, int(found["n"].iloc[0]), False, p)
 
 
-def _first_p(table: pd.DataFrame) -> str:
-    return p_value(_p(table.iloc[0])) if len(table) else ""
+def _compared_p(table: pd.DataFrame) -> str:
+    return p_value(table.iloc[0].get("p_holm", table.iloc[0]["p"])) if len(table) else ""
 
 
 def _p(row: pd.Series) -> float:
-    """p of a row, corrected where `corrected` has been at work on it."""
+    """p against chance, corrected where `corrected` has been at work on it: not of baselines."""
     known = row.get("p_holm", np.nan)
     return float(row["p"] if known is None or pd.isna(known) else known)
 
@@ -190,10 +190,19 @@ def verdict(evaluation: Evaluation, alpha: float = ALPHA) -> str:
 
 def _difference(row: pd.Series) -> str:
     values = interval(row["difference"], row["low"], row["high"])
-    how = ", corrected for the number of comparisons" if "p_holm" in row else ""
-    if np.isfinite(over_folds := float(row.get("p_resampled", np.nan))):
-        how += f", and by the corrected t-test over folds p {p_value(over_folds)}"
-    return f"difference in {METRICS[str(row['metric'])].label} {values}, p {p_value(_p(row))}{how}"
+    return f"difference in {METRICS[str(row['metric'])].label} {values}, {tell_p(row)}"
+
+
+def tell_p(row: pd.Series) -> str:
+    """Say which p a comparison has: over folds there are two, of which the larger is corrected."""
+    over_folds, test = float(row.get("p_resampled", np.nan)), "the corrected t-test over folds"
+    if "p_holm" not in row:
+        also = f", and by {test} p {p_value(over_folds)}" if np.isfinite(over_folds) else ""
+        return f"p {p_value(row['p'])}{also}"
+    how = ", corrected for the number of comparisons"
+    if np.isfinite(over_folds):
+        how = f", the larger of that by swaps and that by {test} ({p_value(over_folds)}){how}"
+    return f"p {p_value(row['p_holm'])}{how}"
 
 
 def _against_confounds(evaluation: Evaluation) -> str:

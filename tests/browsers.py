@@ -53,10 +53,10 @@ class Browser:
     def __init__(self, program: str, folder: Path) -> None:
         self.program, self.folder = program, folder
 
-    def run(self, page: Path, *options: str) -> str:
+    def run(self, page: Path, *options: str, fragment: str = "") -> str:
         command = [self.program, *QUIETLY, f"--user-data-dir={self.folder}/browser", *options]
         done = subprocess.run(
-            [*command, page.resolve().as_uri()],
+            [*command, page.resolve().as_uri() + fragment],
             capture_output=True,
             text=True,
             check=True,

@@ -102,10 +102,15 @@ def add_maps(config: Config, target: str = "sex", size: int = 12) -> Path:
     return folder
 
 
-def add_studies(config: Config) -> None:
-    """A forecast, an identification and a scaling study, in the form of their stages."""
+def add_studies(
+    config: Config, model: str = "small", seen_subjects: list[str] | None = None
+) -> None:
+    """A forecast, an identification and a scaling study, in the form of their stages.
+
+    `seen_subjects` are those that the identification says were seen.
+    """
     layout = Layout.of(config, "toy")
-    forecast, identify = layout.forecast("small", 0), layout.identify("small", 0)
+    forecast, identify = layout.forecast(model, 0), layout.identify(model, 0)
     rows: list[dict[str, Any]] = []
     for horizon in (1, 2):
         row: dict[str, Any] = {"horizon": horizon, "volumes": 2 * horizon, "seconds": 4.0 * horizon}
@@ -121,6 +126,7 @@ def add_studies(config: Config) -> None:
     told |= {f"accuracy{end}": v for end, v in zip(INTERVAL, (0.75, 0.5, 0.9), strict=True)}
     told |= {f"percentile_rank{end}": v for end, v in zip(INTERVAL, (97.0, 90, 100), strict=True)}
     write_table(identify / "identify.tsv", pd.DataFrame([told | {"accuracy_p": 0.004}]))
+    write_json(identify / "identify.json", {"seen_subjects": seen_subjects or []})
     write_text(layout.scaling / "scaling.svg", SVG)
     fit = {"verdict": ["No power law is claimed."], "power_law_claimed": False, "points": [1, 2]}
     write_json(layout.scaling / "fit.json", fit)

@@ -168,7 +168,7 @@ def test_the_baseline_is_the_mean_of_each_voxel():
 def test_classes_are_explained_against_the_others():
     batch, backbone = make_batch(), Weighted(0.02 * normal(4, PATCHES, VALUES))
     two, three = headed(backbone), headed(backbone, ClassHead([1.0, 1.0, 1.0]))
-    odds = torch.logit(two.predict(batch)[:, 1].double()).float()
+    odds = torch.logit(two.predict_features(two.features(batch))[:, 1].double()).float()
     torch.testing.assert_close(explained_output(two, batch, 1), odds, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(explained_output(two, batch, 0), -explained_output(two, batch, 1))
     logits = three.head(three.features(batch))
@@ -179,7 +179,8 @@ def test_classes_are_explained_against_the_others():
 def test_numbers_are_explained_in_their_own_units():
     batch, backbone = make_batch(), Weighted(normal(4, PATCHES, VALUES))
     years, z = headed(backbone, NumberHead(50.0, 12.0)), headed(backbone, NumberHead(0.0, 1.0))
-    torch.testing.assert_close(explained_output(years, batch, -1), years.predict(batch)[:, 0])
+    predicted = years.predict_features(years.features(batch))[:, 0]
+    torch.testing.assert_close(explained_output(years, batch, -1), predicted)
     found, of_z = (attribute(network, batch, -1, steps=1) for network in (years, z))
     expected = 12 * of_z.values["tokens"]
     torch.testing.assert_close(found.values["tokens"], expected, rtol=1e-4, atol=1e-6)
@@ -414,6 +415,21 @@ def test_regions_share_the_strength():
     assert table["between"].tolist() == [0.25, 0.25]
     again = regions.table(maps[0].brain, between, seed=0)
     assert again.equals(table)
+
+
+def test_a_map_that_is_the_same_everywhere_is_so_by_region_however_brains_end():
+    regions, group = Regions(three_regions(), VolumeMasker(GRID)), GroupMap((4, 4, 4))
+    rng = np.random.default_rng(5)
+    for k in range(5):
+        brain = np.ones((4, 4, 4), dtype=bool)
+        brain[0] = rng.random((4, 4)) > 0.5  # the region at the edge
+        one = brain.astype(np.float32)
+        for adder in (regions, group):
+            adder.add(SubjectMap(f"sub-{k}", one, one, brain, [1.0], [1.0]))
+    table = regions.table(group.brain, None, seed=0).set_index("region")
+    assert 0 < table.loc["edge", "n_voxels"] < 16
+    for name in ("strength", "strength_low", "strength_high"):
+        assert table[name].to_dict() == {"edge": 1.0, "left": 1.0, "right": 1.0}
 
 
 # --- Checks ---------------------------------------------------------------------------------------

@@ -37,6 +37,33 @@ def config(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         (["volumes", "--batch", "7"], "compute.batches allows 0 to 1"),
         (["pretrain", "--model", "other"], "the config has neuromamba-tiny"),
         (["finetune", "--target", "height"], "the config has sex, age"),
+        (["finetune", "--fold", "fold-0"], "holdout, which has no folds"),
+        (
+            ["finetune", "--fold", "fold-9", "--set", "splits={protocol: k-fold}"],
+            "'fold-9' is none of them",
+        ),
+        (
+            ["explain", "--set", "splits={protocol: k-fold}"],
+            "--fold: the config has fold-0, fold-1",
+        ),
+        (["evaluate", "--pool"], "--pool puts all folds"),
+        (
+            ["evaluate", "--pool", "--fold", "fold-0", "--set", "splits={protocol: k-fold}"],
+            "--pool puts all folds",
+        ),
+        (
+            [
+                "pretrain",
+                "--fraction",
+                "0.5",
+                "--fold",
+                "fold-0",
+                "--set",
+                "splits={protocol: k-fold}",
+            ],
+            "always of the first fold",
+        ),
+        (["explain", "--steps", "4"], "--output is missing"),
         (["index", "--set", "volumes.size=3"], "unknown key 'volumes.size'"),
     ],
 )

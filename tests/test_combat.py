@@ -130,6 +130,21 @@ def test_features_that_do_not_vary_stay(effects) -> None:
     assert (fit_combat(constant, both).harmonise(constant, both) == 1).all()
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_site_whose_subjects_are_equal_is_shifted_and_not_stretched(effects, n: int) -> None:
+    """A scan that is there twice, or three times, where the mean is rounded."""
+    x, sites = scan(effects, (30, 30), 1)
+    twins = np.repeat(x[:1] + 3, n, axis=0)
+    combat = fit_combat(np.vstack([x, twins]), [*sites, *["twins"] * n])
+    assert np.isfinite(combat.shift).all()
+    assert combat.scale.min() > 0.1
+    new, _ = scan(effects, (9,), 2)
+    found = combat.harmonise(new, ["twins"] * 9)
+    assert np.isfinite(found).all()
+    assert np.abs(found).max() < 30
+    assert np.abs(combat.shift[combat.sites.index("twins")]).mean() > 1
+
+
 @pytest.mark.parametrize("sites", [["a"] * 6, ["a"] * 5 + ["b"], [None] * 6])
 def test_fewer_than_two_sites_are_refused(sites: list[str | None]) -> None:
     with pytest.raises(InputError, match=r"ComBat needs two sites .*leave fc-combat out"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,13 @@ def test_models_of_several_runs_are_ranked_beside_the_baselines_once(tmp_path: P
     fc = table.set_index("predictor").loc["FC baseline"]
     assert fc["run"] == "a, b"
     assert np.isnan(fc["fc_difference"])
+
+
+def test_a_table_in_a_folder_near_the_root_is_no_evaluation() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # unlike `tmp_path`
+        (Path(folder) / "predictions.tsv").touch()
+        with pytest.raises(InputError, match="has no evaluations; name a results folder"):
+            read_entries([Path(folder)])
 
 
 @pytest.mark.parametrize("target", ["age", "sex"])

@@ -76,6 +76,24 @@ def test_a_model_with_a_base_shares_all_but_its_fine_tuning(base: Path, tmp_path
         load_config(files, ["models.neuromamba-tiny-probe.width=64"])
 
 
+def test_the_scaling_study_is_of_models_with_a_pretraining_of_their_own(base: Path, tmp_path: Path):
+    (tmp_path / "two.yaml").write_text("models: [neuromamba-tiny, neuromamba-tiny-probe]")
+    files = [base, tmp_path / "two.yaml"]
+    assert list(load_config(files).study().models) == ["neuromamba-tiny"]
+    with pytest.raises(InputError, match="has a base"):
+        load_config(files, ["scaling.models=[neuromamba-tiny, neuromamba-tiny-probe]"])
+    folds = load_config(files, ["splits={protocol: k-fold}"])
+    assert folds.study().fold == "fold-0"
+
+
+def test_a_change_of_a_model_is_none_of_the_studys_models(base: Path, tmp_path: Path):
+    (tmp_path / "study.yaml").write_text("scaling: {models: [neuromamba-5m]}")
+    config = load_config([base, tmp_path / "study.yaml"], ["models.neuromamba-small.width=256"])
+    assert config.models["neuromamba-small"].width == 256
+    assert config.scaling.models is not None
+    assert list(config.scaling.models) == ["neuromamba-5m"]
+
+
 MIXTURE = ["datasets=[hcp,abcd]", "mixtures={both: {hcp: 3, abcd: 1}}"]
 
 

@@ -20,7 +20,12 @@ from fabricate import (
 from sklearn.metrics import roc_auc_score
 
 from neuromamba import evaluate
-from neuromamba.baseline_predictions import choose_subjects, predict_references
+from neuromamba.baseline_predictions import (
+    choose_subjects,
+    predict_references,
+    read_baselines,
+    run_baselines,
+)
 from neuromamba.config import Config
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
@@ -69,6 +74,22 @@ def test_each_predictor_is_scored_on_the_same_test_subjects(config: Config) -> N
     expected = roc_auc_score(fc["y_true"] == "male", fc["y_score"])
     assert values["fc", "auroc"] == pytest.approx(expected)
     assert values["fc", "auroc"] > 0.8  # the signal carries the sex
+
+
+@pytest.mark.parametrize("target", ["centre", "scanner"])
+def test_where_the_target_is_the_site_nothing_is_harmonised(config: Config, target: str) -> None:
+    classes = {"up": "north", "down": "south"}
+    other = make_config(
+        Path(config.results).parent,
+        dataset={
+            "targets": {target: {"kind": "classification", "column": "site", "classes": classes}}
+        },
+        evaluate={"baselines": ["fc", "fc-combat"], "inner_folds": 3},
+    )
+    run_baselines(other, "toy", target)
+    subjects = choose_subjects(other, "toy", target)
+    predicted, notes = read_baselines(other, "toy", target, subjects)
+    assert list(predicted) == list(notes) == ["fc"]
 
 
 def test_numbers_are_predicted_too(config: Config) -> None:

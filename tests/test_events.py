@@ -153,6 +153,15 @@ def test_the_settings_of_a_state():
         state(classes={"a": "x", "b": []})
 
 
+def test_a_cell_that_two_classes_have_in_two_ways_is_refused(tmp_path: Path):
+    path = write(tmp_path / "events.tsv", "0 5 1", header="onset duration load")
+    target = state(column="load", classes={"low": "1", "high": ["2", "1.0"]})
+    with pytest.raises(InputError, match=r"'low' and 'high' have the same cell '1\.0'"):
+        read_events(path, target)
+    same = state(column="load", classes={"low": ["1", "1.0"], "high": "2"})
+    assert read_events(path, same).state.tolist() == [0]
+
+
 def test_events_lie_with_the_raw_scans_unless_told_otherwise():
     assert Dataset(derivatives="made").events_folder == "made"
     assert Dataset(derivatives="made", bids="raw").events_folder == "raw"

@@ -24,8 +24,8 @@ from neuromamba.config import Config, Explain
 from neuromamba.demo import write_demo
 from neuromamba.demo_brain import NETWORKS, PARCELS, parcellation
 from neuromamba.explain import CHECK_SUBJECTS, run_explain
-from neuromamba.explain_networks import refit_head
-from neuromamba.explainer import LEAST_GAP, STEPS, WINDOWS
+from neuromamba.explain_networks import networks_to_compare, refit_head
+from neuromamba.explainer import LEAST_GAP, STEPS, WINDOWS, subjects_to_explain
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.finetune import run_finetune
 from neuromamba.heads import ClassHead, HeadedModel
@@ -338,6 +338,45 @@ def test_at_most_so_many_subjects_are_explained(
     assert read_json(tmp_path / "two" / "explain.json")["compared_on"] == ["sub-09", "sub-12"]
 
 
+def test_only_subjects_with_usable_tokens_are_taken(trained: Path, tmp_path: Path):
+    shutil.copytree(trained / "results", tmp_path / "results")
+    (tmp_path / "demo").symlink_to(trained / "demo")
+    config = make_config(tmp_path)
+    path = Layout.of(config, "toy").manifest("tokens", 0)
+
+    def leave_out(*subjects: str) -> None:
+        table = read_table(path, dtype={"reason": str})
+        lost = table["run"].str.split("_").str[0].isin(subjects)
+        write_table(path, table.assign(reason=table["reason"].mask(lost, "no brain")))
+
+    assert subjects_to_explain(config, "toy", 9) == ["sub-09", "sub-10", "sub-11", "sub-12"]
+    leave_out("sub-10", "sub-12")
+    assert subjects_to_explain(config, "toy", 9) == ["sub-09", "sub-11"]
+    assert subjects_to_explain(config, "toy", 1) == ["sub-09"]
+    leave_out("sub-09", "sub-11")
+    with pytest.raises(InputError, match="no subject of the part 'test' has tokens of good"):
+        subjects_to_explain(config, "toy", 9)
+
+
+def test_a_head_is_fitted_to_the_labels_of_its_subjects_in_whatever_order(
+    trained: Path, tmp_path: Path
+):
+    shutil.copytree(trained / "results", tmp_path / "results")
+    (tmp_path / "demo").symlink_to(trained / "demo")
+    heads = []
+    for folder in (trained, tmp_path):
+        config = make_config(folder, seeds=(0,))
+        layout = Layout.of(config, "toy")
+        if folder == tmp_path:
+            write_table(layout.split, read_table(layout.split)[::-1])
+        predictor = open_predictor(layout.finetune("tiny", 0, "sex"), "cpu")
+        every = list(networks_to_compare(config, "toy", "tiny", 0, predictor, None))
+        heads += [one.network.head[-1] for one in every if one.against == "refit"]
+    first, second = heads
+    torch.testing.assert_close(first.weight, second.weight)
+    torch.testing.assert_close(first.bias, second.bias)
+
+
 def test_a_head_is_fitted_anew_to_true_and_to_permuted_labels(trained: Path):
     config = make_config(trained)
     layout = Layout.of(config, "toy")
@@ -348,10 +387,10 @@ def test_a_head_is_fitted_anew_to_true_and_to_permuted_labels(trained: Path):
         features = rng.standard_normal((40, network.backbone.width)) * 0.01 + 3
         side = features[:, 0] > 3
         labels = side.astype(int) if target == "sex" else np.where(side, 70.0, 30.0)
-        fitted = refit_head(network, features, labels)
+        fitted = refit_head(network, features, labels, 5, 0)
         x, y = torch.tensor(features).float(), torch.tensor(labels)
         scalars = task.loss(fitted.head(x), y)
-        of_permuted = refit_head(network, features, rng.permutation(labels))
+        of_permuted = refit_head(network, features, rng.permutation(labels), 5, 0)
         other = task.loss(of_permuted.head(x), y)
         if target == "sex":
             assert scalars[measure] > 0.9 > 0.8 > other[measure]

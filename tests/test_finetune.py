@@ -16,8 +16,9 @@ from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.checkpoint import load_model_info
 from neuromamba.config import Config, NeuroMamba
 from neuromamba.files import InputError
-from neuromamba.finetune import make_task, predict_subjects, read_labels, run_finetune
+from neuromamba.finetune import predict_subjects, run_finetune
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
+from neuromamba.labels import make_task, read_labels
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
 from neuromamba.predictor import open_predictor
@@ -319,7 +320,7 @@ def test_it_is_to_the_bit_that_of_its_windows_one_run_at_a_time(tmp_path, parts)
         of_run = [window for window in windows.spaced(3, [subject]) if window.run == run]
         for batch in windows.batches(of_run, 4):
             with torch.no_grad():
-                values.append(network.predict(batch).double())
+                values.append(network.predict_features(network.features(batch)).double())
     assert len(values) == 2
     expected = torch.cat(values).mean(0).tolist()
     assert predict(config, [subject]).iloc[0, 1:].tolist() == expected
@@ -333,6 +334,13 @@ def test_a_subject_without_a_run_is_named(tmp_path, parts):
     FakeStore.short = {run}
     with pytest.raises(InputError, match=rf"{run}.*volumes\.min_volumes"):
         predict(config, [parts["test"][1]])
+
+
+def test_windows_are_merged_as_the_model_was_trained_whatever_the_config_says(tmp_path, parts):
+    config = finetune(tmp_path, mode="head", learning_rate=0.1)
+    expected = predict(config, parts["test"])
+    probe = make_config(tmp_path, finetune={**FINETUNE, "mode": "probe"})
+    pd.testing.assert_frame_equal(predict(probe, parts["test"]), expected, check_exact=True)
 
 
 def test_prediction_under_another_order_of_classes_is_refused(tmp_path, parts):

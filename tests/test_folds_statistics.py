@@ -17,7 +17,7 @@ from neuromamba.correction import corrected
 from neuromamba.files import InputError
 from neuromamba.metrics import compare, compute_metrics, read_predictions
 from neuromamba.resampled import held_out_ratio, resampled_t_test
-from neuromamba.statistics import chance_of_classes, compare_classes, correct
+from neuromamba.statistics import correct, p_of_chance, p_of_difference
 from neuromamba.tables import write_table
 
 SETTINGS = (300, 0.95, 0, 300)
@@ -193,8 +193,8 @@ def test_false_positives_are_as_rare_as_alpha_says() -> None:
         score = np.stack([shared + own[0], shared + own[1], own[2]])[:, np.concatenate(folds)]
         score += 0.5 * rng.normal(size=score.shape)
         share = np.stack([1 - expit(score), expit(score)], axis=2)
-        paired.append(compare_classes(true, *share[:2], 99, seed, folds))
-        chance.append(chance_of_classes(true, share[2], 99, seed, folds))
+        paired.append(p_of_difference(true, *share[:2], 99, seed, folds))
+        chance.append(p_of_chance(true, share[2], 99, seed, folds))
     for found in (pd.DataFrame(chance), pd.DataFrame(paired)):
         rate = (found <= 0.1).mean()
         assert (rate < 0.17).all()
@@ -278,6 +278,27 @@ def test_compare_hands_the_differences_of_the_folds_to_the_test() -> None:
     assert 0.01 < found["p_resampled"] < 1
 
 
+def test_a_difference_is_of_the_folds_in_which_both_are_defined() -> None:
+    """A predictor that is constant in one fold, where the other is at its worst."""
+    one, other = regression(noise=1.0, seed=1, name="a"), regression(noise=0.5, seed=2, name="b")
+    bad = other["fold"] == "fold-0"
+    other.loc[bad, "y_pred"] = 80 - other.loc[bad, "y_pred"]
+    one.loc[one["fold"] == "fold-0", "y_pred"] = 40.0
+    r = [
+        {fold: np.corrcoef(part["y_true"], part["y_pred"])[0, 1] for fold, part in parts}
+        for parts in (table[~bad].groupby("fold") for table in (one, other))
+    ]
+    apart = [r[0][fold] - r[1][fold] for fold in r[1]]
+    found = of_metric(compare(pd.concat([one, other]), "a", "b", *SETTINGS), "pearson_r")
+    assert len(apart) == 3
+    assert found["difference"] == pytest.approx(np.mean(apart), abs=1e-12)
+    assert found["difference"] < -0.05
+    assert found["low"] < found["difference"] < found["high"] < 0.2
+    values = compute_metrics(pd.concat([one, other]), *SETTINGS).set_index(["predictor", "metric"])
+    own, others = (values.loc[(name, "pearson_r"), "value"] for name in "ab")
+    assert own - others > 0.1  # of other folds
+
+
 def test_a_difference_that_not_all_folds_have_is_not_claimed() -> None:
     good, bad = regression(noise=0.4, seed=1, name="a"), regression(noise=1.0, seed=2, name="b")
     turned = good["fold"] == "fold-0"
@@ -327,19 +348,27 @@ def evaluation(seed: int, p: list[float], p_resampled: list[float]) -> Evaluatio
     comparison = pd.DataFrame({"predictor": "m", "versus": "fc", "metric": ["auroc", "accuracy"]})
     comparison = comparison.assign(p=p, p_resampled=p_resampled, better="m")
     metrics = pd.DataFrame({"predictor": "m", "metric": ["auroc", "accuracy"], "p": [0.01, 0.04]})
-    return Evaluation("d", "m", seed, "t", metrics, comparison, pd.DataFrame(), {})
+    predictions = pd.DataFrame({"fold": ["fold-0", "fold-1"]})
+    return Evaluation("d", "m", seed, "t", metrics, comparison, predictions, {})
 
 
 def test_the_larger_p_is_what_holm_corrects() -> None:
     first = evaluation(0, [0.001, 0.030], [0.020, 0.002])
-    second = evaluation(1, [0.040, 0.001], [0.010, np.nan])
+    second = evaluation(1, [0.040, 0.001], [0.010, 0.001])
     found = corrected([first, second])
     holm = [list(each.comparison["p_holm"]) for each in found]
     assert [holm[0][0], holm[1][0]] == pytest.approx(correct([0.020, 0.040]))
     assert [holm[0][1], holm[1][1]] == pytest.approx(correct([0.030, 0.001]))
     assert list(found[0].metrics["p_holm"]) == pytest.approx([0.02, 0.08])
-    without = [
-        replace(e, comparison=e.comparison.drop(columns="p_resampled")) for e in (first, second)
-    ]
+    without = [replace(e, predictions=pd.DataFrame()) for e in (first, second)]
     plain = [list(each.comparison["p_holm"]) for each in corrected(without)]
     assert [plain[0][0], plain[1][0]] == pytest.approx(correct([0.001, 0.040]))
+
+
+def test_over_folds_nothing_is_claimed_where_one_of_the_two_p_is_missing() -> None:
+    first = evaluation(0, [0.001, 0.030], [np.nan, 0.002])
+    second = evaluation(1, [0.040, np.nan], [0.010, 0.001])
+    found = [each.comparison for each in corrected([first, second])]
+    assert np.isnan([found[0]["p_holm"][0], found[1]["p_holm"][1]]).all()
+    assert [found[1]["p_holm"][0], found[0]["p_holm"][1]] == pytest.approx([0.040, 0.030])
+    assert [list(table["better"].fillna("")) for table in found] == [["", "m"], ["m", ""]]

@@ -18,7 +18,6 @@ from neuromamba.forecast import (
     average_errors,
     known_volumes,
     run_forecast,
-    some_of,
     summarize,
 )
 from neuromamba.layout import Layout
@@ -60,14 +59,6 @@ def test_skills_are_of_mean_errors_with_intervals_over_subjects(tmp_path: Path) 
     row = average_errors(same, make_config(tmp_path)).iloc[0]
     for bound in ("", "_low", "_high"):
         assert row[f"skill_persistence{bound}"] == pytest.approx(0.5)
-
-
-def test_subjects_are_taken_evenly() -> None:
-    names = [f"sub-{k}" for k in range(10)]
-    assert some_of(names, None) == names
-    assert some_of(names, 20) == names
-    assert some_of(names, 3) == ["sub-0", "sub-4", "sub-9"]
-    assert some_of(names, 1) == ["sub-0"]
 
 
 # --- The stage ----------------------------------------------------------------------------------

@@ -130,6 +130,8 @@ def test_what_has_been_made_is_current_and_stays_so_when_it_is_moved(
         ("models.m.finetune.steps=7", {"finetune", "evaluate", "scores", "report"}),
         ("models.m.depth=2", TRAININGS),
         ("pretrain.learning_rate=0.5", TRAININGS),
+        ("splits.folds=3", set()),
+        ("splits.repeats=3", set()),
         ("splits.seed=3", {"splits", "baselines", *TRAININGS}),
         ("rois.cube=9", {"rois", *CHECKED, *FROM_BASELINES}),
         ("datasets.d.atlas=packaged:100", {"rois", *CHECKED, *FROM_BASELINES}),
@@ -167,6 +169,7 @@ def folds(scans: pd.DataFrame, settings: dict[str, Any]) -> Config:
 
 def test_what_has_been_made_of_folds_is_current(folds: Config, settings: dict[str, Any]):
     assert stale(folds) == set()
+    assert stale(config_of(settings | {"splits": FOLDS}, "splits.test=0.3")) == set()
     # The holdout beside them is another thing.
     assert stale(config_of(settings)) == {"splits", "baselines", *TRAININGS}
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from confound_tables import REPETITION_TIME, header_of, make_table, write_confounds
 from fabricate import make_config
 from reports import of_subjects
 
 from neuromamba.collect import Data, Training
-from neuromamba.config import NeuroMamba
+from neuromamba.config import Denoise, NeuroMamba
+from neuromamba.denoise import Denoiser
 from neuromamba.methods import Facts, describe_methods, write_methods
 from neuromamba.references import REFERENCES, bibliography, cited_keys
 
@@ -41,6 +44,15 @@ def training(stage: str = "pretrain", **settings: Any) -> Training:
     return Training("toy", "small", 0, stage, info, pd.DataFrame())
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the volumes of a run say of its denoising."""
+    strategy = ["motion", "high_pass", "compcor"]
+    settings = Denoise(strategy=strategy, motion="power2", repetition_time=3.0, smoothing=5.0)
+    confounds = write_confounds(folder, make_table(90))
+    denoiser = Denoiser(header_of(90), "r1", REPETITION_TIME, confounds, settings, 20)
+    return {"interpolation": "linear", "smoothing": 5.0, **denoiser.attributes}
+
+
 def text_of(config: Any, facts: Facts) -> str:
     return describe_methods(config, facts).markdown
 
@@ -61,18 +73,30 @@ def test_what_preprocessed_is_named_and_cited(tmp_path: Path, program: str) -> N
         assert (key in found.bibtex) == (other == program)
 
 
-def test_denoising_is_told_only_of_volumes_that_record_it(tmp_path: Path) -> None:
-    strategy = {"strategy": ["motion", "high_pass", "compcor"], "motion": "power2"}
-    config = make_config(tmp_path, volumes={"denoise": strategy, "shape": (12, 12, 12)})
-    cleaned = {"toy": {"space": "MNI152NLin2009cAsym", "interpolation": "linear", "denoise": {}}}
+def test_denoising_is_told_as_the_volumes_record_it(tmp_path: Path) -> None:
+    cleaned = {"toy": recorded(tmp_path)}
+    now = {"denoise": {"strategy": ["wm_csf"], "smoothing": 3.0}, "shape": (12, 12, 12)}
+    config = make_config(tmp_path, volumes=now)  # what was configured since is not told
     text = text_of(config, Facts(data=[data()], attributes=cleaned))
     assert "head motion (power2)" in text
     assert "[@behzadi2007compcor]" in text
     assert "by linear interpolation" in text
-    plain = {"toy": {"space": "MNI152NLin2009cAsym"}}
-    text = text_of(config, Facts(data=[data()], attributes=plain))
-    assert "Nothing further was taken out of the signal" in text
-    assert "compcor" not in text
+    assert "repetition time of 3 s" in text
+    assert "a Gaussian of 5 mm" in text
+    assert "white matter" not in text
+    text = text_of(config, Facts(data=[data()], attributes={"toy": {"interpolation": "linear"}}))
+    assert "Nothing further was taken out of the signal of toy." in text
+    assert "Gaussian" not in text
+
+
+def test_each_dataset_is_told_as_it_was_denoised(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config = config.model_copy(update={"datasets": dict.fromkeys("ab", config.datasets["toy"])})
+    of_both = [replace(data(), name=name) for name in "ab"]
+    known = {"a": recorded(tmp_path), "b": {"interpolation": "linear"}}
+    text = text_of(config, Facts(data=of_both, attributes=known))
+    assert "Taken out of each voxel's signal of a by nilearn" in text
+    assert "Nothing further was taken out of the signal of b." in text
 
 
 def test_models_are_told_from_their_records(tmp_path: Path) -> None:
@@ -88,6 +112,11 @@ def test_models_are_told_from_their_records(tmp_path: Path) -> None:
     assert "PyTorch 2.13.0" in found.paragraphs["Software"]
     probe = describe_methods(config, Facts(data=[], trainings=[training("sex", mode="probe")]))
     assert "a linear probe was fitted" in probe.paragraphs["Models"]
+    assert (
+        "2 subjects, whose inner folds chose the penalty; 1 others had no part in it"
+        in probe.paragraphs["Models"]
+    )
+    assert "to choose the step" not in probe.paragraphs["Models"]
     assert "hu2022lora" not in probe.bibtex
     unrecorded = Training("toy", "small", 0, "sex", {"subjects": {}}, pd.DataFrame())
     assert (

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from browsers import Browser, find_browser
 from fabricate import make_config
 from pages import Page
 
@@ -24,17 +23,6 @@ from neuromamba.qc_table import METRICS
 from neuromamba.tables import read_table, write_table
 
 N = 30
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-QUIETLY = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 def write_results(folder: Path, n: int = N, **qc: float) -> Config:
@@ -204,19 +192,14 @@ def test_maps_over_runs_are_of_a_bounded_number_of_runs(
 # --- In a browser -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser that runs without a screen ({', '.join(BROWSERS)})")
-    return found
+@pytest.fixture
+def browser(tmp_path: Path) -> Browser:
+    return Browser(find_browser(), tmp_path)
 
 
-def dump(browser: str, page: Path, folder: Path, hash_: str = "") -> str:
-    """The page's elements after its scripts have run."""
-    address = page.resolve().as_uri() + hash_
-    command = [browser, *QUIETLY, f"--user-data-dir={folder}/browser", "--dump-dom", address]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+def dump(browser: Browser, page: Path, fragment: str = "") -> str:
+    """The page as the browser has it after its scripts have run."""
+    return browser.run(page, "--dump-dom", fragment=fragment)
 
 
 def column(html: str, k: int) -> list[str]:
@@ -232,14 +215,14 @@ def clicked(html: str, script: str) -> str:
 
 
 def test_a_click_on_a_heading_sorts_and_another_turns_the_order(
-    config: Config, browser: str, tmp_path: Path
+    config: Config, browser: Browser, tmp_path: Path
 ) -> None:
     page = tmp_path / "clicked.html"
     click = "document.querySelector('[data-key=\"tsnr\"]').click();"
     expected = collect_quality(config, "toy").table.set_index("run")["tsnr"]
     for times, ascending, word in ((1, True, "ascending"), (2, False, "descending")):
         page.write_text(clicked(make_page(config), click * times))
-        html = dump(browser, page, tmp_path)
+        html = dump(browser, page)
         shown = expected.round(1)
         order = shown.sort_values(ascending=ascending, na_position="last", kind="stable").index
         assert column(html, 0) == order.tolist()
@@ -249,22 +232,20 @@ def test_a_click_on_a_heading_sorts_and_another_turns_the_order(
         assert head.count('aria-sort="none"') == len(METRICS) + 2
 
 
-def test_search_and_the_address_choose_rows(config: Config, browser: str, tmp_path: Path) -> None:
+def test_search_and_the_address_choose_rows(config: Config, browser: Browser) -> None:
     make_page(config)
     page = Layout.of(config, "toy").overview
-    html = dump(browser, page, tmp_path, "#find=sub-00006&sort=mean_fd&order=descending")
+    html = dump(browser, page, "#find=sub-00006&sort=mean_fd&order=descending")
     assert column(html, 0) == ["sub-00006_task-rest"]
     k = 2 + list(METRICS).index("tsnr")
     assert column(html, k)[0].endswith("↓")
-    html = dump(browser, page, tmp_path, "#show=out&sort=run&order=ascending")
+    html = dump(browser, page, "#show=out&sort=run&order=ascending")
     assert column(html, 0) == [f"sub-0000{i}_task-rest" for i in range(3)]
     assert column(html, 1)[0].startswith("left out index: no &lt;b&gt;mask")
 
 
-def test_rows_are_the_same_with_and_without_a_script(
-    config: Config, browser: str, tmp_path: Path
-) -> None:
+def test_rows_are_the_same_with_and_without_a_script(config: Config, browser: Browser) -> None:
     plain = make_page(config)
-    html = dump(browser, Layout.of(config, "toy").overview, tmp_path)
+    html = dump(browser, Layout.of(config, "toy").overview)
     for k in range(len(METRICS) + 3):
         assert column(html, k) == [" ".join(cell.split()) for cell in column(plain, k)]

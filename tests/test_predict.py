@@ -618,6 +618,16 @@ def test_maps_of_one_name_are_refused_before_anything_is_made(trained: Path, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other"]
 
 
+def test_a_folder_of_maps_that_is_a_file_is_refused_before_anything_is_predicted(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bold = write_bids(tmp_path / "new", 77, brain(77))
+    monkeypatch.setattr("neuromamba.predict.predict_scan", lambda *_: pytest.fail("predicted"))
+    (tmp_path / "maps").touch()
+    with pytest.raises(InputError, match="maps is a file; give a folder"):
+        predict(trained, tmp_path, bold, explain=tmp_path / "maps")
+
+
 def test_a_prediction_stays_where_its_map_cannot_be_made(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):

@@ -1,4 +1,4 @@
-"""Linear probes: fits in closed form that become the head of a pretrained model."""
+"""Linear probes: convex fits that become the head of a pretrained model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy.special import softmax
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score, roc_auc_score
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.calibration_file import CALIBRATION
@@ -24,11 +24,12 @@ from neuromamba.files import InputError
 from neuromamba.finetune import predict_subjects, run_finetune
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.layout import Layout
+from neuromamba.linear_probe import fit_classes, fit_number
 from neuromamba.models import build_model
 from neuromamba.observe import merge_runs, observe_subject
 from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import run_pretrain
-from neuromamba.probe import embed_subjects, fit_classes, fit_layer, fit_number
+from neuromamba.probe import embed_subjects, fit_layer, train_probe
 from neuromamba.scores import loss_curve
 from neuromamba.tables import read_table, write_table
 
@@ -90,6 +91,9 @@ def test_a_class_without_training_subjects_is_never_predicted():
     # Such a subject in the validation part has no weight, and its loss is still a number.
     truth = torch.ones(80, dtype=torch.int64)
     assert ClassHead([1.0, 0.0, 1.0]).loss(torch.tensor(output).float(), truth)["loss"] == 0
+    # A map explains a class against the mean of the others, in float32.
+    explained = [of[:, 2] - (of[:, 0] + of[:, 1]) / 2 for of in (output, output.astype(np.float32))]
+    np.testing.assert_allclose(explained[1], explained[0], rtol=0, atol=1e-4)
 
 
 def test_three_classes_are_told_apart():
@@ -101,6 +105,20 @@ def test_three_classes_are_told_apart():
     assert ((x[120:] @ layer.weights.T + layer.bias).argmax(1) == y[120:]).mean() > 0.8
 
 
+def test_the_score_of_three_classes_is_the_plain_auroc_over_the_folds():
+    """Of classes that are not equally common, where a weighted one is another number."""
+    rng = np.random.default_rng(1)
+    y = rng.choice(3, size=150, p=[0.6, 0.3, 0.1])
+    x = rng.normal(size=(150, 12)) / 3
+    x[np.arange(150), y] += 0.1 + 0.2 * y
+    layer = fit_classes(x, y, 3, 5, 4)
+    model = LogisticRegression(C=layer.penalty, class_weight="balanced", max_iter=5000)
+    inner = StratifiedKFold(5, shuffle=True, random_state=4)
+    told = cross_val_predict(model, x, y, cv=inner, method="predict_proba")
+    each = [roc_auc_score(y[part], told[part], multi_class="ovr") for _, part in inner.split(x, y)]
+    assert layer.score == pytest.approx(np.mean(each), rel=1e-12)
+
+
 def test_a_class_with_one_subject_leaves_no_folds():
     x, y = people(0, 20)
     y[:] = 0
@@ -108,14 +126,6 @@ def test_a_class_with_one_subject_leaves_no_folds():
     layer = fit_classes(x, y, 2, 5, 0)
     assert (layer.folds, layer.penalty, layer.score) == (0, 1.0, None)
     assert (x @ layer.weights.T + layer.bias)[:, 1].argmax() == 4
-
-
-def test_subjects_of_one_class_are_refused():
-    x, _ = people(0, 20)
-    with pytest.raises(
-        InputError, match="all training subjects with a usable run are of one class"
-    ):
-        fit_classes(x, np.ones(20, np.int64), 2, 5, 0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -274,23 +284,44 @@ def test_a_subject_is_predicted_by_the_mean_of_its_features(probed, target):
         )
 
 
-def test_processes_share_the_subjects_and_get_the_same(probed):
-    folder, parts = probed
+class Half(World):
+    """A process that hears nothing of the other."""
 
-    class Half(World):
-        def sum(self, values):
-            return values
+    def sum(self, values):
+        return values
 
+
+def opened(folder, names):
+    """The network, the windows of some subjects, and the settings of the fine-tuning."""
     config = make_config(folder, finetune=PROBE)
     network = open_predictor(folder_of(folder), "cpu").network
     layout = Layout.of(config, "fake")
     readers = make_readers(network, layout, config.models["tiny"], config.tokens)
-    windows = Windows(group_runs(list_runs(config, "fake", parts["train"][:7])), readers)
-    settings = config.models["tiny"].finetune
+    windows = Windows(group_runs(list_runs(config, "fake", names)), readers)
+    return network, windows, config.models["tiny"].finetune
+
+
+def test_processes_share_the_subjects_and_get_the_same(probed):
+    folder, parts = probed
+    network, windows, settings = opened(folder, parts["train"][:7])
     whole = embed_subjects(network, windows, settings, World())
     halves = [embed_subjects(network, windows, settings, Half(rank, 2)) for rank in (0, 1)]
     assert torch.equal(halves[0] + halves[1], whole)
     assert halves[0][1::2].abs().max() == 0
+
+
+def test_training_subjects_of_one_class_end_all_processes(probed):
+    folder, parts = probed
+    network, windows, settings = opened(folder, parts["train"][:4])
+    both, labels = {"train": windows, "validation": windows}, dict.fromkeys(parts["train"], 1)
+
+    def train(rank):
+        train_probe(network, settings, both, labels, None, 5, 0, Half(rank, 2))
+
+    with pytest.raises(InputError, match="all training subjects with a usable run are of one"):
+        train(0)
+    with pytest.raises(SystemExit):
+        train(1)
 
 
 # --- Again, stopped, and changed ------------------------------------------------------------------
@@ -379,4 +410,18 @@ def test_an_embedding_that_is_not_finite_is_refused(pretrained, monkeypatch):
         "neuromamba.probe.embed_subjects", lambda *_: torch.full((10, 8), torch.nan)
     )
     with pytest.raises(InputError, match="no finite embedding"):
+        probe(pretrained)
+
+
+def test_a_process_that_is_lost_is_told(pretrained, monkeypatch):
+    class Left(World):
+        def gather(self, value):
+            return [value, value]
+
+        def sum(self, values):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    for module in ("probe", "trained"):
+        monkeypatch.setattr(f"neuromamba.{module}.join", lambda: Left(0, 2))
+    with pytest.raises(InputError, match="process 0 of 2 has lost another one"):
         probe(pretrained)

@@ -143,6 +143,25 @@ def test_motion_is_read_from_the_confounds(config: Config, tmp_path: Path) -> No
     assert "mean FD (mm)" in write_page(config).text
 
 
+def test_what_validation_subjects_are_for_is_told_of_probes(config: Config, tmp_path: Path) -> None:
+    kept = "weights with the lowest validation loss are kept"
+    text = write_page(config).text
+    assert kept in text
+    assert "probe" not in text
+    models = {"small": {"family": "neuromamba", "finetune": {"mode": "probe"}}}
+    config = make_config(tmp_path, models=models)
+    for target in ("sex", "age"):
+        path = Layout(Path(config.results), "toy").finetune("small", 0, target) / "model.json"
+        fitted = {"step": 0, "probe": {"inverse_penalty": 1.0, "folds": 3, "score": 0.7}}
+        write_json(path, read_json(path) | fitted)
+    text = write_page(config).text
+    assert kept not in text
+    assert "of a linear probe they choose nothing: inner folds of the training subjects" in text
+    assert "A linear probe takes no steps" in text
+    methods = (report_path(config).parent / "methods.md").read_text()
+    assert "but nothing of linear probes, whose penalty inner folds" in methods
+
+
 # --- What is missing ----------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from reports import (
     of_subjects,
 )
 
-from neuromamba.collect import Training, collect_data, example_run
+from neuromamba.collect import Evaluation, Training, collect_data, example_run
 from neuromamba.config import Config
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
@@ -34,12 +34,13 @@ from neuromamba.report_brain import describe_brain, verdicts
 from neuromamba.report_compute import describe_jobs, duration, memory, read_benchmarks
 from neuromamba.report_compute import describe_trainings as describe_efforts
 from neuromamba.report_metrics import COLUMNS, tabulate_metrics, write_report_metrics
-from neuromamba.report_results import count_folds, draw_results
-from neuromamba.report_seeds import mean_verdict, seed_summaries, with_means
+from neuromamba.report_results import count_folds, describe_target, draw_results
+from neuromamba.report_seeds import Means, mean_verdict, seed_means, with_means
 from neuromamba.report_training import describe_trainings, draw_curves
 from neuromamba.report_viewer import PatchMap, brain_box, build_viewer, patch_sums
+from neuromamba.statistics import correct
 from neuromamba.tables import read_table, write_table
-from neuromamba.verdicts import result_rows
+from neuromamba.verdicts import p_value, result_rows
 
 RUNS = ("sub-000_task-rest", "sub-001_task-rest")
 
@@ -64,6 +65,12 @@ def config(tmp_path: Path) -> Config:
 def page_of(config: Config) -> str:
     run_report(config)
     return Page(report_path(config).read_text(encoding="utf-8")).text
+
+
+def ids_of(config: Config) -> set[str | None]:
+    run_report(config)
+    page = Page(report_path(config).read_text(encoding="utf-8"))
+    return {attributes.get("id") for _, attributes in page.tags}
 
 
 def decode(source: str, shape: tuple[int, int, int]) -> np.ndarray:
@@ -157,11 +164,10 @@ def test_a_check_is_told_with_what_it_compares() -> None:
 
 
 def test_studies_are_shown_where_there_are_any(config: Config) -> None:
-    text = page_of(config)
-    for heading in ("Scaling", "Forecasts", "Identification"):
-        assert f"{heading} The" not in text
-        assert f"{heading} toy" not in text
+    sections = {"scaling", "forecasts", "identification"}
+    assert not sections & ids_of(config)
     add_studies(config)
+    assert sections <= ids_of(config)
     text = page_of(config)
     assert "toy: loss against compute No power law is claimed." in text
     assert "time ahead skill over run mean test subjects" in text
@@ -169,6 +175,28 @@ def test_studies_are_shown_where_there_are_any(config: Config) -> None:
     assert "10 volumes are known, 4 are forecast" in text
     assert "the model the halves of one run of each 0.750 [0.500, 0.900]" in text
     assert "0.062 0.004 97.0 [90.0, 100.0] 16" in text
+
+
+def test_an_identification_of_seen_subjects_says_so(config: Config) -> None:
+    add_studies(config)
+    assert "were used to train the model" not in page_of(config)
+    add_studies(config, seen_subjects=["sub-000", "sub-001"])
+    assert "2 of these subjects were used to train the model." in page_of(config)
+    # It has not ended where its last file is not there.
+    (Layout.of(config, "toy").identify("small", 0) / "identify.json").unlink()
+    assert "identification" not in ids_of(config)
+
+
+def test_models_that_share_a_pretraining_have_its_studies_once(tmp_path: Path) -> None:
+    models = {"small": {"family": "neuromamba"}}
+    models["shared"] = {**models["small"], "base": "small"}
+    config = make_config(tmp_path, models=models)
+    for model in models:
+        add_studies(config, model)
+    text = page_of(config)
+    for study in ("forecasts", "identification"):
+        assert f"toy, small, seed 0: {study}" in text
+        assert f"toy, shared, seed 0: {study}" not in text
 
 
 def test_flagged_runs_are_counted_and_linked(config: Config) -> None:
@@ -257,7 +285,7 @@ def test_the_page_says_how_many_folds_there_are(config: Config, tmp_path: Path) 
     text = page_of(crossed)
     assert "means over 3 folds" in text
     assert "corrected resampled t-test over the folds" in text
-    assert "and by the corrected t-test over folds p" in text
+    assert "the larger of that by swaps and that by the corrected t-test over folds (" in text
     methods = (report_path(crossed).parent / "methods.md").read_text()
     assert "3-fold cross-validation" in methods
     assert "[@nadeau2003inference]" in methods
@@ -266,16 +294,20 @@ def test_the_page_says_how_many_folds_there_are(config: Config, tmp_path: Path) 
 # --- Seeds --------------------------------------------------------------------------------------
 
 
-def test_several_seeds_have_a_row_of_their_mean_and_a_sentence(config: Config) -> None:
-    seeds = [of_subjects(seed=k, error=2.0) for k in (0, 1)]
-    # Seeds of a model are tested on the same subjects, beside the same baselines.
+def of_seeds(count: int = 2, error: float = 2.0) -> list[Evaluation]:
+    """Evaluations of a model's seeds, on the same subjects and beside the same baselines."""
+    seeds = [of_subjects(seed=k, error=error) for k in range(count)]
     same = seeds[0].predictions
-    other = seeds[1].predictions
     baselines = same[same["predictor"] != "m"]
-    seeds[1] = replace(
-        seeds[1], predictions=pd.concat([other[other["predictor"] == "m"], baselines])
-    )
-    summaries = seed_summaries(config, seeds)
+    return [
+        replace(e, predictions=pd.concat([e.predictions.query("predictor == 'm'"), baselines]))
+        for e in seeds
+    ]
+
+
+def test_several_seeds_have_a_row_of_their_mean_and_a_sentence(config: Config) -> None:
+    seeds = of_seeds()
+    summaries = seed_means(config, {"t": seeds})["t"].summaries
     rows = with_means(result_rows(seeds), seeds, summaries)
     assert [row.label for row in rows[:4]] == [
         "m, seed 0",
@@ -289,7 +321,41 @@ def test_several_seeds_have_a_row_of_their_mean_and_a_sentence(config: Config) -
     text = mean_verdict("m", summaries["m"])
     assert text.startswith("The mean of the 2 seeds of m is better than the FC baseline (")
     assert "SD over seeds" in text
-    assert seed_summaries(config, seeds[:1]) == {}
+    assert seed_means(config, {"t": seeds[:1], "u": []}) == {name: Means({}, {}) for name in "tu"}
+
+
+def test_p_of_means_are_corrected_over_the_models_and_targets_of_a_dataset(config: Config) -> None:
+    # So much ahead that one comparison shows it, and three do not.
+    targets = {name: [replace(e, target=name) for e in of_seeds(3, error=4.6)] for name in "tuv"}
+    alone = seed_means(config, {"t": targets["t"]})["t"].summaries["m"]
+    assert alone["p_holm"][0] == alone["p"][0] < 0.05 < 3 * alone["p"][0]
+    assert alone["p_chance_holm"][0] == alone["p_chance"][0]
+    assert "is better than the FC baseline" in mean_verdict("m", alone)
+    means = seed_means(config, targets)
+    together = [means[name].summaries["m"].iloc[0] for name in targets]
+    assert [row["p_holm"] for row in together] == pytest.approx(correct([alone["p"][0]] * 3))
+    chance = correct([alone["p_chance"][0]] * 3)
+    assert [row["p_chance_holm"] for row in together] == pytest.approx(chance)
+    text = mean_verdict("m", means["t"].summaries["m"])
+    assert "is not shown to differ from the FC baseline" in text
+    assert f"p {p_value(together[0]['p_holm'])}, corrected for the number of comparisons" in text
+    rows = with_means(result_rows(targets["t"]), targets["t"], means["t"].summaries)
+    (row,) = (row for row in rows if row.is_mean)
+    assert row.p["fc"] == p_value(together[0]["p_holm"])
+
+
+def test_seeds_that_tested_unlike_subjects_have_no_mean_and_it_is_said(config: Config) -> None:
+    first, second = of_seeds()
+    fewer = second.predictions.query("subject != 'sub-007'")
+    seeds = [first, replace(second, predictions=fewer)]
+    means = seed_means(config, {"age": seeds})["age"]
+    assert means.summaries == {}
+    shown = describe_target(config, collect_data(config, "toy"), "age", seeds, means)
+    assert not any(row.is_mean for row in shown["rows"])
+    told, *each = shown["answers"]
+    assert told.startswith("There is no mean of the seeds of m: ")
+    assert "of other subjects, labels or folds" in told
+    assert [text[:10] for text in each] == ["m (seed 0)", "m (seed 1)"]
 
 
 # --- The table ----------------------------------------------------------------------------------

@@ -117,6 +117,25 @@ def test_numbers_are_summarised_too() -> None:
     assert found.loc["mae", "better"] == "model"
 
 
+@pytest.mark.parametrize("folds", [1, 4])
+def test_a_seed_without_a_value_leaves_nothing_to_claim(folds: int) -> None:
+    """One training collapsed: it names one number for everybody."""
+    evaluations = []
+    for seed in range(3):
+        own = regression(folds=folds, noise=0.2, seed=seed, name="model")
+        own = own if seed else own.assign(y_pred=40.0)
+        table = pd.concat([own, regression(folds=folds, noise=1.5, seed=9, name="fc")])
+        table = table if folds > 1 else table.drop(columns="fold")
+        nothing = pd.DataFrame()
+        evaluations.append(Evaluation("d", "model", seed, "t", nothing, nothing, table, {}))
+    found = by_metric(summarize_seeds(evaluations, *SETTINGS)).loc["pearson_r"]
+    assert pd.isna(found["better"])
+    told = found.drop(["n_seeds", "n", "versus", "better"]).astype(float)
+    assert told.isna().all()
+    others = by_metric(summarize_seeds(evaluations[1:], *SETTINGS)).loc["pearson_r"]
+    assert others["better"] == "model"
+
+
 def test_what_is_no_set_of_seeds_is_refused() -> None:
     evaluations = evaluate(2)
     with pytest.raises(InputError, match=r"two seeds or more, each once; .* seeds \[0\]"):
@@ -132,3 +151,6 @@ def test_what_is_no_set_of_seeds_is_refused() -> None:
     lacking = replace(evaluations[1], predictions=other[other["predictor"] == "model"])
     with pytest.raises(InputError, match="seed 1: there is no fc among them"):
         summarize_seeds([evaluations[0], lacking], *SETTINGS)
+    nobody = replace(evaluations[0], predictions=other[other["predictor"] == "fc"])
+    with pytest.raises(InputError, match="seed 0: there is no model among them"):
+        summarize_seeds([nobody, evaluations[1]], *SETTINGS)

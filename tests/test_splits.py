@@ -256,6 +256,9 @@ def test_sites_that_cannot_make_the_folds_are_named() -> None:
     table.loc["sub-0007", "site"] = pd.NA
     with pytest.raises(InputError, match="no site is known of sub-0007"):
         folds(table, protocol="leave-site-out", folds=2)
+    few = people(20).assign(site=["a"] * 19 + ["b"])
+    with pytest.raises(InputError, match="fewer than 2 to train and select on"):
+        folds(few, protocol="leave-site-out", folds=2)
     with pytest.raises(InputError, match="cannot be tested in 50 folds"):
         folds(people(40), protocol="k-fold", folds=50)
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from neuromamba.inner_folds import grouped_folds
+from neuromamba.inner_folds import class_folds, grouped_folds
 from neuromamba.linear_models import predict_class
 from neuromamba.metrics import bootstrap, compare, compute_metrics
 from neuromamba.permutations import shuffles, swaps
@@ -56,10 +56,9 @@ def test_a_person_is_swapped_as_a_whole():
 
 
 def test_without_people_the_arrangements_are_as_before():
-    alone = np.arange(5)
-    for make in (shuffles, swaps):
-        plain, grouped = (next(iter(make(5, 50, 3, *of))) for of in ((), (alone,)))
-        assert plain.shape == grouped.shape
+    one, alone = np.zeros(5, dtype=np.int64), np.arange(5)
+    assert (next(shuffles(5, 50, 3)) == next(shuffles(5, 50, 3, one))).all()
+    assert (next(swaps(5, 50, 3)) == next(swaps(5, 50, 3, alone))).all()
 
 
 def test_metrics_are_of_samples_and_n_of_subjects():
@@ -107,6 +106,8 @@ def test_what_tells_subjects_but_no_states_is_at_chance():
     ]
     assert 0.3 < np.mean(p) < 0.7
     assert np.mean(np.array(p) <= 0.1) < 0.25
+    # They would all be near a half.
+    assert np.std(p) > 0.2
 
 
 def test_p_of_a_difference_is_that_of_all_swaps_of_subjects():
@@ -146,6 +147,25 @@ def test_folds_and_repeats_have_several_states_of_a_subject():
 
 
 # --- Inner folds --------------------------------------------------------------------------------
+
+
+def test_inner_folds_are_of_subjects_where_some_have_several_samples():
+    labels = np.arange(12) % 2
+    names = [f"sub-{n}" for n in range(12)]
+    alone, named = class_folds(labels, None, 4, 0), class_folds(labels, names, 4, 0)
+    assert alone is not None
+    assert named is not None
+    assert len(alone) == len(named) == 4
+    for one, other in zip(alone, named, strict=True):
+        assert (one[1] == other[1]).all()
+        assert set(labels[one[1]]) == {0, 1}
+    pairs = class_folds(labels, [f"sub-{n // 2}" for n in range(12)], 4, 0)
+    assert pairs is not None
+    assert all({n // 2 for n in fit}.isdisjoint(n // 2 for n in score) for fit, score in pairs)
+    rare = np.array([1] + [0] * 11)
+    assert class_folds(rare, names, 4, 0) is None
+    rare[1] = 1
+    assert len(class_folds(rare, None, 4, 0) or []) == 2
 
 
 def test_inner_folds_keep_subjects_together_and_have_all_classes():

@@ -11,11 +11,9 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from neuromamba.permutations import shuffles, swaps
 from neuromamba.statistics import (
-    chance_of_classes,
-    chance_of_numbers,
-    compare_classes,
-    compare_numbers,
     correct,
+    p_of_chance,
+    p_of_difference,
 )
 
 
@@ -40,7 +38,7 @@ def test_the_auroc_against_chance_is_the_mann_whitney_test() -> None:
     true, probability = classes(40, 0.5, 1)
     score = probability[:, 1]
     expected = stats.mannwhitneyu(score[true == 1], score[true == 0], alternative="greater").pvalue
-    found = chance_of_classes(true, probability, 20_000, 0)["auroc"]
+    found = p_of_chance(true, probability, 20_000, 0)["auroc"]
     assert 0.005 < expected < 0.5
     assert found == pytest.approx(expected, abs=0.01)
 
@@ -51,7 +49,7 @@ def test_r_and_r2_and_mae_against_chance_are_scipys_permutation_test() -> None:
         "pearson_r": lambda y: np.corrcoef(y, predicted)[0, 1],
         "mae": lambda y: -np.abs(y - predicted).mean(),
     }
-    found = chance_of_numbers(true, predicted, 20_000, 0)
+    found = p_of_chance(true, predicted, 20_000, 0)
     for name, statistic in reference.items():
         expected = stats.permutation_test(
             (true,),
@@ -73,7 +71,7 @@ def test_the_accuracy_of_two_is_mcnemars_test() -> None:
     only = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     expected = stats.binomtest(only[0], sum(only), 0.5).pvalue
     assert 0.01 < expected < 0.9
-    found = compare_classes(true, first, second, 20_000, 0)["accuracy"]
+    found = p_of_difference(true, first, second, 20_000, 0)["accuracy"]
     assert found == pytest.approx(expected, abs=0.01)
 
 
@@ -90,7 +88,7 @@ def test_the_mae_of_two_is_scipys_paired_permutation_test() -> None:
         rng=np.random.default_rng(0),
     ).pvalue
     assert 0.005 < expected < 0.9
-    found = compare_numbers(true, first, second, 20_000, 0)["mae"]
+    found = p_of_difference(true, first, second, 20_000, 0)["mae"]
     assert found == pytest.approx(expected, abs=0.012)
 
 
@@ -110,7 +108,7 @@ def test_swaps_of_scores_give_the_p_of_all_arrangements(number: int) -> None:
 
     every = np.array([difference(np.array(s, dtype=bool)) for s in product([0, 1], repeat=9)])
     expected = (np.abs(every) >= np.abs(every[0]) - 1e-9).mean(axis=0)
-    found = compare_classes(true, first, second, 20_000, 0)
+    found = p_of_difference(true, first, second, 20_000, 0)
     assert found["auroc"] == pytest.approx(expected[0], abs=0.015)
     assert found["balanced_accuracy"] == pytest.approx(expected[1], abs=0.015)
 
@@ -121,11 +119,11 @@ def test_units_and_scales_do_not_matter_where_the_metric_is_blind_to_them() -> N
     squeezed = second.copy()
     squeezed[:, 1] = 0.4 + 0.01 * second[:, 1]
     squeezed[:, 0] = 1 - squeezed[:, 1]
-    plain, other = (compare_classes(true, first, s, 500, 0)["auroc"] for s in (second, squeezed))
+    plain, other = (p_of_difference(true, first, s, 500, 0)["auroc"] for s in (second, squeezed))
     assert plain == other
     y, a = numbers(50, 1.0, 0)
     _, b = numbers(50, 0.2, 5)
-    r = [compare_numbers(y, a, b * scale + 3, 500, 0)["pearson_r"] for scale in (1, 1000)]
+    r = [p_of_difference(y, a, b * scale + 3, 500, 0)["pearson_r"] for scale in (1, 1000)]
     assert r[0] == pytest.approx(r[1])
 
 
@@ -148,11 +146,11 @@ def test_corrections_are_those_of_statsmodels() -> None:
 
 def test_p_is_a_count_of_whole_arrangements_and_never_zero() -> None:
     true, probability = classes(80, 5.0, 0)
-    found = chance_of_classes(true, probability, 99, 0)
+    found = p_of_chance(true, probability, 99, 0)
     assert set(found) == {"auroc", "balanced_accuracy", "accuracy", "brier"}
     assert set(found.values()) == {0.01}
     _, other = classes(80, -5.0, 1)
-    assert compare_classes(true, probability, other, 99, 0)["auroc"] == 0.01
+    assert p_of_difference(true, probability, other, 99, 0)["auroc"] == 0.01
 
 
 def test_arrangements_are_seeded_and_come_in_blocks_with_the_observed_one_once(
@@ -175,15 +173,15 @@ def test_arrangements_are_seeded_and_come_in_blocks_with_the_observed_one_once(
 def test_what_is_undefined_has_no_p() -> None:
     true, probability = classes(20, 1.0, 0)
     one_class = np.ones_like(true)
-    assert np.isnan(chance_of_classes(one_class, probability, 50, 0)["auroc"])
-    assert np.isnan(compare_classes(one_class, probability, probability[::-1], 50, 0)["auroc"])
+    assert np.isnan(p_of_chance(one_class, probability, 50, 0)["auroc"])
+    assert np.isnan(p_of_difference(one_class, probability, probability[::-1], 50, 0)["auroc"])
     y, predicted = numbers(20, 1.0, 0)
     constant = np.full(20, 0.3)
-    assert np.isnan(chance_of_numbers(y, constant, 50, 0)["pearson_r"])
-    assert chance_of_numbers(y, constant, 50, 0)["mae"] == 1.0
-    assert np.isnan(chance_of_numbers(constant, predicted, 50, 0)["r2"])
-    assert np.isnan(compare_numbers(y, predicted, constant, 50, 0)["pearson_r"])
-    assert compare_numbers(y, predicted, constant, 50, 0)["mae"] < 1
+    assert np.isnan(p_of_chance(y, constant, 50, 0)["pearson_r"])
+    assert p_of_chance(y, constant, 50, 0)["mae"] == 1.0
+    assert np.isnan(p_of_chance(constant, predicted, 50, 0)["r2"])
+    assert np.isnan(p_of_difference(y, predicted, constant, 50, 0)["pearson_r"])
+    assert p_of_difference(y, predicted, constant, 50, 0)["mae"] < 1
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -191,11 +189,11 @@ def test_false_positives_are_as_rare_as_alpha_says_for_classes(number: int) -> N
     chance, paired = [], []
     for seed in range(200):
         true, first = classes(45, 0.0, seed, number)
-        chance.append(chance_of_classes(true, first, 199, seed))
+        chance.append(p_of_chance(true, first, 199, seed))
         # As good as each other, and alike in what they get wrong.
         _, skilled = classes(45, 1.0, 1000 + seed, number)
         own = np.random.default_rng(2000 + seed).dirichlet(np.ones(number), size=(2, 45))
-        paired.append(compare_classes(true, *(0.6 * skilled + 0.4 * own), 199, seed))
+        paired.append(p_of_difference(true, *(0.6 * skilled + 0.4 * own), 199, seed))
     for found in (chance, paired):
         for name in found[0]:
             rate = np.mean([p[name] <= 0.1 for p in found])
@@ -208,9 +206,9 @@ def test_false_positives_are_as_rare_as_alpha_says_for_numbers() -> None:
     chance, paired = [], []
     for seed in range(200):
         true, first = numbers(40, 0.0, seed)
-        chance.append(chance_of_numbers(true, first, 199, seed))
+        chance.append(p_of_chance(true, first, 199, seed))
         noise = np.random.default_rng(1000 + seed).normal(size=(2, 40))
-        paired.append(compare_numbers(true, *(true + first + noise), 199, seed))
+        paired.append(p_of_difference(true, *(true + first + noise), 199, seed))
     for found in (chance, paired):
         for name in found[0]:
             assert 0.04 < np.mean([p[name] <= 0.1 for p in found]) < 0.17, name
@@ -221,5 +219,5 @@ def test_a_real_difference_is_found() -> None:
     for seed in range(40):
         true, good = classes(100, 1.5, seed)
         _, bad = classes(100, 0.0, 500 + seed)
-        found.append(compare_classes(true, good, bad, 199, 0)["auroc"] <= 0.05)
+        found.append(p_of_difference(true, good, bad, 199, 0)["auroc"] <= 0.05)
     assert np.mean(found) > 0.9

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import reports
 
 from neuromamba.baseline_notes import describe_baselines, join
 from neuromamba.collect import Evaluation
@@ -15,21 +16,9 @@ from neuromamba.correction import corrected
 from neuromamba.metrics import compare, compute_metrics
 from neuromamba.verdicts import p_value, result_rows, verdict
 
-NOTES: dict[str, Any] = {
-    "n_train": 80,
-    "baselines": {
-        "fc": {
-            "kind": "pearson",
-            "inverse_penalty": 10.0,
-            "folds": 5,
-            "n_rois": 90,
-            "n_rois_dropped": 2,
-            "n_features": 4005,
-            "confounds_regressed": ["site", "mean_fd"],
-        },
-        "confounds": {"inverse_penalty": 0.1, "folds": 5, "columns": ["age", "site", "mean_fd"]},
-    },
-}
+FC = reports.NOTES["baselines"]["fc"] | {"confounds_regressed": ["site", "mean_fd"]}
+CONFOUNDS = {"inverse_penalty": 0.1, "folds": 5, "columns": ["age", "site", "mean_fd"]}
+NOTES: dict[str, Any] = reports.NOTES | {"baselines": {"fc": FC, "confounds": CONFOUNDS}}
 
 
 def evaluation(target: str = "t", seed: int = 0, **errors: float) -> Evaluation:
@@ -153,6 +142,33 @@ def test_how_each_baseline_was_made_is_told() -> None:
         "a and b",
         "a, b and c",
     ]
+
+
+def test_why_a_baseline_is_left_out_is_told() -> None:
+    notes = {**NOTES, "baselines": {}, "baselines_left_out": ["fc-combat"]}
+    assert describe_baselines(notes, True) == [
+        "FC, sites harmonised: left out, because it would take the target, which is the site, out "
+        "of the features"
+    ]
+    (of_states,) = describe_baselines(notes | {"samples": {"train": 9, "test": 3}}, True)
+    assert of_states.endswith("is known to differ between a subject's states")
+
+
+def test_the_p_that_is_told_is_the_one_that_was_corrected() -> None:
+    one = reports.of_subjects(folds=4, error=2.0)
+    table = one.comparison.copy()
+    first = (table["versus"] == "fc") & (table["metric"] == "mae")
+    table.loc[first, ["p", "p_resampled"]] = [0.002, 0.017]
+    alone = replace(one, comparison=table)
+    assert "p 0.002, and by the corrected t-test over folds p 0.017)" in verdict(alone)
+    assert (
+        "p 0.034, the larger of that by swaps and that by the corrected t-test over folds "
+        "(0.017), corrected for the number of comparisons)"
+    ) in verdict(corrected([alone, alone])[0])
+    table.loc[first, "p_resampled"] = np.nan
+    missing = corrected([replace(one, comparison=table)])[0]
+    assert "p n/a, corrected for the number of comparisons)" in verdict(missing)
+    assert result_rows([missing])[0].p["fc"] == "n/a"
 
 
 def of_classes(better: str | None, p: float, folds: bool) -> Evaluation:

@@ -37,7 +37,10 @@ class Evaluate(Section):
     """Intervals over subjects, tests by permutation, and the baselines.
 
     `baselines` are those of `neuromamba.baselines`; `confounds` is what the confound model sees,
-    and what `fc-regress` takes out of the FC. The target itself is never among them.
+    and what `fc-regress` takes out of the FC. The column the target is told by, and the confound of
+    the target's name, are never among them. Another column that says the same is: leave it out. Of
+    states, they are only the head motion during the state (framewise displacement, and std_dvars
+    beside it), where they name `mean_fd`.
     """
 
     bootstrap: PositiveInt = 2000

@@ -92,7 +92,8 @@ def build_config(
         found = _resolve_names(value, place, Path(folder), source, files)
         if place[-1] == "models":
             # What the command line says of a base holds for the models that take it over.
-            for name, model in _with_bases(merge(found, _of_models(change))).items():
+            own = _of_models(change) if place == ("models",) else {}
+            for name, model in _with_bases(merge(found, own)).items():
                 if isinstance(model, Mapping):
                     found[name] = merge(merge(shared, model), for_models)
         holder[place[-1]] = found

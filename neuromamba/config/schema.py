@@ -173,12 +173,14 @@ class Config(Section):
     def study(self) -> Config:
         """The config of the scaling study: its models and seeds in the place of the run's.
 
+        Of a cross-validation, the study is of the first fold.
+
         Raises
         ------
         InputError
             When the losses of its models are of different things.
         """
-        models = self.scaling.models or self.models
+        models = self.scaling.models or self.pretrained_models
         alike = ("family", "volumes", "normalization", "order", "target", "objective", "mixture")
         for key in alike:
             found = {
@@ -190,7 +192,13 @@ class Config(Section):
                     f"scaling: the losses of models that differ in {key!r} cannot be compared "
                     f"({', '.join(f'{name}: {value}' for name, value in found.items())})"
                 )
-        return self.model_copy(update={"models": models, "seeds": self.scaling.seeds})
+        study = self.model_copy(update={"models": models, "seeds": self.scaling.seeds})
+        return study.in_fold(self.splits.names[0])
+
+    @property
+    def pretrained_models(self) -> dict[str, Model]:
+        """The models with a pretraining of their own, which those with a `base` share."""
+        return {name: model for name, model in self.models.items() if model.base is None}
 
     def pretraining_of(self, dataset: str, model: str) -> tuple[str, str]:
         """The pretraining that a model of a dataset starts from: dataset or mixture, and model."""
@@ -251,6 +259,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _bases_pretrain(self) -> Config:
+        for name, model in (self.scaling.models or {}).items():
+            if model.base is not None:
+                raise ValueError(
+                    f"scaling.models.{name} has a base ({model.base}), and so no pretraining of "
+                    "its own that could be studied"
+                )
         for name, model in self.models.items():
             if model.base is None:
                 continue

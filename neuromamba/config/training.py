@@ -43,7 +43,7 @@ class Pretrain(Optimiser):
 
 
 class Adapters(Section):
-    """Low-rank changes of the linear layers, which are all that learns beside the head (LoRA)."""
+    """Low-rank changes of the linear layers, which learn beside the head and the pooling (LoRA)."""
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
@@ -52,7 +52,7 @@ class Adapters(Section):
 class Finetune(Optimiser):
     """Supervised training: of the whole model, of adapters in it, of a head, or a linear probe.
 
-    A probe is fitted in closed form, and the optimiser's settings do not matter for it.
+    A probe has a convex fit: of the optimiser's settings only `batch_size` counts.
     """
 
     steps: PositiveInt = 1000

@@ -63,7 +63,7 @@ RUN = f"--config {ROOT}/config.yaml --dataset {{dataset}}"
 TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
 # Of a cross-validation each fold has a folder and jobs of its own: `{fold}` is then like `/fold-0`.
 FOLDS = [os.sep + name if name else "" for name in CONFIG.splits.names]
-SCALING = sorted(CONFIG.scaling.models or CONFIG.models)
+SCALING = sorted(CONFIG.scaling.models or CONFIG.pretrained_models)
 # The rule that runs the jobs of each stage of `neuromamba.stages`.
 RULES = {
     "preprocess": "preprocess_subject",
@@ -202,7 +202,7 @@ if workflow.is_main_process:
             logger.warning(
                 f"{dataset}: no training uses the subjects that came after the split was made: "
                 f"{', '.join(new[:5])}{', ...' if len(new) > 5 else ''} ({len(new)} in all). To "
-                f"split and train anew, remove {CONFIG.results}/{dataset}/splits/holdout.tsv"
+                f"split and train anew, remove {output_of(CONFIG, Job('splits', dataset))}"
             )
 
 
