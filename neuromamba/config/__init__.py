@@ -20,15 +20,8 @@ from neuromamba.config.data import (
     Volumes,
 )
 from neuromamba.config.load import build_config, load_config, merge, save_config
-from neuromamba.config.schema import (
-    Compute,
-    Config,
-    Evaluate,
-    Explain,
-    Model,
-    NeuroMamba,
-    Scaling,
-)
+from neuromamba.config.models import Lmae, Model, NeuroMamba, RoiModel, RoiTransformer
+from neuromamba.config.schema import Compute, Config, Evaluate, Explain, Scaling
 from neuromamba.config.training import Adapters, Finetune, Forecast, Optimiser, Pretrain
 
 __all__ = [
@@ -45,6 +38,7 @@ __all__ = [
     "Finetune",
     "Fmriprep",
     "Forecast",
+    "Lmae",
     "Model",
     "NeuroMamba",
     "Optimiser",
@@ -53,6 +47,8 @@ __all__ = [
     "Pretrain",
     "Qc",
     "Regression",
+    "RoiModel",
+    "RoiTransformer",
     "Rois",
     "Scaling",
     "Splits",

@@ -26,7 +26,10 @@ from neuromamba.config.data import (
 )
 from neuromamba.config.evaluation import Evaluate as Evaluate
 from neuromamba.config.evaluation import Explain as Explain
-from neuromamba.config.training import Finetune as Finetune
+from neuromamba.config.models import Lmae as Lmae
+from neuromamba.config.models import Model as Model
+from neuromamba.config.models import NeuroMamba as NeuroMamba
+from neuromamba.config.models import RoiTransformer as RoiTransformer
 from neuromamba.config.training import Forecast as Forecast
 from neuromamba.config.training import Pretrain as Pretrain
 from neuromamba.files import InputError
@@ -51,46 +54,7 @@ class Compute(Section):
     container: str = "neuromamba.sif"
 
 
-# --- Models -------------------------------------------------------------------------------------
-
-
-class NeuroMamba(Section):
-    """Next-patch prediction by Mamba-2 blocks over brain tokens."""
-
-    family: Literal["neuromamba"]
-    width: PositiveInt = 128
-    depth: PositiveInt = 12
-    state: PositiveInt = 32
-    head_dim: PositiveInt = 64
-    expand: PositiveInt = 2
-    conv: PositiveInt = 4
-    chunk: PositiveInt = 64
-    bands: PositiveInt = 10
-    volumes: PositiveInt = 20
-    normalization: Literal["global", "voxel"] = "global"
-    order: Literal["t-fastest", "space-fastest"] = "t-fastest"
-    target: Literal["raw", "patch"] = "raw"
-    objective: Literal["mse", "mae", "huber"] = "mse"
-    parametrization: Literal["mup", "standard"] = "mup"
-    base_width: PositiveInt = 128
-    checkpoint_blocks: bool = False
-    base: Name | None = None
-    pretrain: Pretrain = Pretrain()
-    finetune: Finetune = Finetune()
-
-    @model_validator(mode="after")
-    def _heads_fill_the_width(self) -> NeuroMamba:
-        if self.width % 8:
-            raise ValueError(f"width ({self.width}) must be a multiple of 8, the pooling's groups")
-        if self.expand * self.width % self.head_dim:
-            raise ValueError(
-                f"expand * width ({self.expand * self.width}) must be a multiple of "
-                f"head_dim ({self.head_dim})"
-            )
-        return self
-
-
-Model = NeuroMamba
+# --- The scaling study -----------------------------------------------------------------------
 
 
 class Scaling(Section):

@@ -1,0 +1,124 @@
+"""The schema of the models: a section for each family, told apart by `family`.
+
+`needs` names the arrays of the data that a family reads; see `neuromamba.models`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from neuromamba.config.data import Name, Section
+from neuromamba.config.training import Finetune, Pretrain
+
+
+class NeuroMamba(Section):
+    """Next-patch prediction by Mamba-2 blocks over brain tokens."""
+
+    needs: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    family: Literal["neuromamba"]
+    width: PositiveInt = 128
+    depth: PositiveInt = 12
+    state: PositiveInt = 32
+    head_dim: PositiveInt = 64
+    expand: PositiveInt = 2
+    conv: PositiveInt = 4
+    chunk: PositiveInt = 64
+    bands: PositiveInt = 10
+    volumes: PositiveInt = 20
+    normalization: Literal["global", "voxel"] = "global"
+    order: Literal["t-fastest", "space-fastest"] = "t-fastest"
+    target: Literal["raw", "patch"] = "raw"
+    objective: Literal["mse", "mae", "huber"] = "mse"
+    parametrization: Literal["mup", "standard"] = "mup"
+    base_width: PositiveInt = 128
+    checkpoint_blocks: bool = False
+    base: Name | None = None
+    pretrain: Pretrain = Pretrain()
+    finetune: Finetune = Finetune()
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> NeuroMamba:
+        if self.width % 8:
+            raise ValueError(f"width ({self.width}) must be a multiple of 8, the pooling's groups")
+        if self.expand * self.width % self.head_dim:
+            raise ValueError(
+                f"expand * width ({self.expand * self.width}) must be a multiple of "
+                f"head_dim ({self.head_dim})"
+            )
+        return self
+
+
+class RoiModel(Section):
+    """What models of ROI series have in common.
+
+    A window is `volumes` long after the series were brought to `repetition_time` (in s; without
+    one, they stay as they were scanned), and is cut into patches of `patch` volumes.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("rois",)
+
+    volumes: PositiveInt = 120
+    repetition_time: PositiveFloat | None = 2.0
+    patch: PositiveInt = 10
+    width: PositiveInt = 64
+    base: Name | None = None
+    pretrain: Pretrain = Pretrain()
+    finetune: Finetune = Finetune()
+
+    @model_validator(mode="after")
+    def _patches_fill_the_window(self) -> RoiModel:
+        if self.volumes % self.patch:
+            raise ValueError(f"volumes ({self.volumes}) must be a multiple of patch ({self.patch})")
+        return self
+
+
+class Lmae(RoiModel):
+    """Local masked autoencoder, random-walk mixture of experts, state-space predictor.
+
+    `mask_seconds` is how long a mask in time is, `mask_share` how much of the series the masks
+    cover, `mask_rois` the share of regions that are masked for a whole window besides. The graph
+    keeps the `neighbors` strongest correlations of each region, with `signed` those that are
+    negative as a graph of their own; walks on it take up to `walk_steps` steps. Without `experts`
+    there is no mixture.
+    """
+
+    family: Literal["lmae"]
+    depth: PositiveInt = 2
+    mask_seconds: PositiveFloat = 20.0
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    mask_rois: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    neighbors: PositiveInt = 20
+    signed: bool = False
+    walk_steps: PositiveInt = 3
+    experts: Annotated[int, Field(ge=0)] = 4
+    top_k: PositiveInt | None = None
+    balance: Annotated[float, Field(ge=0)] = 0.01
+    predictor: Literal["ssm", "mean", "gru", "attention"] = "ssm"
+    predictor_depth: PositiveInt = 1
+    state: PositiveInt = 16
+    head_dim: PositiveInt = 32
+    expand: PositiveInt = 2
+
+
+class RoiTransformer(RoiModel):
+    """Masked autoencoder over patches of ROI series by a Transformer."""
+
+    family: Literal["roi_transformer"]
+    depth: PositiveInt = 4
+    decoder_depth: PositiveInt = 1
+    heads: PositiveInt = 4
+    mlp_ratio: PositiveInt = 4
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    mask: Literal["patches", "times"] = "patches"
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> RoiTransformer:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+Model = Annotated[NeuroMamba | Lmae | RoiTransformer, Field(discriminator="family")]
