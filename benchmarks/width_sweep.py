@@ -74,7 +74,9 @@ def make_data(config: Config, folder: Path, subjects: int) -> None:
 def open_windows(config: Config, network: nn.Module) -> tuple[Windows, Windows]:
     layout = Layout(Path(config.results), "demo")
     readers = make_readers(network, layout, config.models["m"], config.tokens)
-    of_subject = group_runs(list_runs(config, "demo", read_table(layout.index)["subject"]))
+    of_subject = group_runs(
+        list_runs(config, "demo", read_table(layout.index)["subject"], ["tokens"])
+    )
     names = sorted(of_subject)
     parts = names[VALIDATION_SUBJECTS:], names[:VALIDATION_SUBJECTS]
     training, validation = (Windows({n: of_subject[n] for n in part}, readers) for part in parts)

@@ -134,13 +134,13 @@ class RegionMasker:
     def __init__(self, atlas: Parcellation, volumes: Volumes) -> None:
         self.shape: Grid = (len(atlas.labels),)
         self.affine = target_affine(volumes)
-        self._atlas = atlas
+        self.atlas = atlas
         self._number = resample_labels(atlas, volumes.shape, self.affine)
 
     def collapse(self, values: torch.Tensor, batch: Batch) -> Floats:
         if values.shape[2:] != self.shape:
             raise InputError(
-                f"the model reads {values.shape[-1]} regions, and {self._atlas.name} has "
+                f"the model reads {values.shape[-1]} regions, and {self.atlas.name} has "
                 f"{self.shape[0]}: give the dataset the `atlas` that the model was trained with"
             )
         return values.sum((0, 1)).cpu().numpy()
@@ -155,8 +155,8 @@ class RegionMasker:
         return np.where(brain, values, 0)
 
     def number_regions(self, atlas: Parcellation) -> npt.NDArray[np.int32]:
-        if atlas.key != self._atlas.key:
-            raise ValueError(f"regions of {self._atlas.name} cannot be told by {atlas.name}")
+        if atlas.key != self.atlas.key:
+            raise ValueError(f"regions of {self.atlas.name} cannot be told by {atlas.name}")
         return np.arange(self.shape[0], dtype=np.int32)
 
 

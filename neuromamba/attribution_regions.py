@@ -63,9 +63,9 @@ class Regions:
         columns: dict[str, Any] = {
             "region": [self.atlas.labels[k] for k in there],
             "n_voxels": self._voxels(brain)[there],
-            **_with_interval("strength", strength / seen, seed),
+            **with_interval("strength", strength / seen, seed),
             "share": strength.sum(0) / max(whole.sum(), np.finfo(float).tiny),
-            **_with_interval("signed", np.stack(self._sums["signed"])[:, there], seed),
+            **with_interval("signed", np.stack(self._sums["signed"])[:, there], seed),
         }
         if between is not None:
             inside = self._label >= 0
@@ -91,8 +91,8 @@ class Regions:
         return len(self.atlas.labels)
 
 
-def _with_interval(name: str, values: Floats, seed: int) -> dict[str, Floats]:
-    """Mean over subjects of (subject, region) values, with its percentile interval."""
+def with_interval(name: str, values: Floats, seed: int) -> dict[str, Floats]:
+    """Mean over subjects of (subject, ...) values, with its percentile interval."""
     mean = values.mean(0)
     low = high = np.full_like(mean, np.nan)
     if len(values) > 1:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,11 +31,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from neuromamba.config import Config, Model, Tokens
+from neuromamba.config import Config, Model, NeuroMamba, RoiModel, Tokens
 from neuromamba.contents import CONTENT_COLUMNS
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.qc_rules import left_out
+from neuromamba.roi_windows import RoiWindows, Sample
 from neuromamba.spacing import spaced
 from neuromamba.stage import refuse_if_too_many_excluded
 from neuromamba.tables import read_table
@@ -43,8 +44,6 @@ from neuromamba.token_store import Normalization, TokenStore
 
 Batch = dict[str, Any]
 """Tensors by name, and the lists `subject` and `run` with one entry a window."""
-
-Sample = dict[str, npt.NDArray[Any]]
 
 OPEN_STORES = 64
 """Stores kept open: each holds its per-voxel statistics, some megabytes."""
@@ -143,18 +142,22 @@ class TokenWindows:
 
 def make_readers(network: nn.Module, layout: Layout, model: Model, tokens: Tokens) -> list[Reader]:
     """One reader for each of a model's `needs`, from the results of the data stages."""
-    needs = cast(Sequence[str], network.needs)
-    known: dict[str, Callable[[], Reader]] = {
-        "tokens": lambda: TokenWindows(
-            lambda run: layout.array("tokens", run), model.volumes, tokens, model.normalization
-        ),
-    }
-    unknown = [need for need in needs if need not in known]
-    if unknown:
-        raise InputError(
-            f"the model needs {', '.join(unknown)}; batches can carry {', '.join(known)}"
-        )
-    return [known[need]() for need in needs]
+    readers: list[Reader] = []
+    for need in cast(Sequence[str], network.needs):
+        path_of = partial(layout.array, need)
+        match need, model:
+            case "tokens", NeuroMamba():
+                kind = model.normalization
+                readers.append(TokenWindows(path_of, model.volumes, tokens, kind))
+            case "rois", RoiModel():
+                n_rois = cast(int, network.n_rois)
+                readers.append(RoiWindows(path_of, model, tokens.time_patch, n_rois))
+            case _:
+                raise InputError(
+                    f"the model needs {need}; batches of family {model.family} carry "
+                    f"{', '.join(model.needs)}"
+                )
+    return readers
 
 
 class Windows:
@@ -279,19 +282,29 @@ class Windows:
         return np.random.default_rng([seed, _ORDER, epoch]).permutation(count)
 
 
-def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:
-    """The runs of `subjects` that have tokens and are good enough: rows of the manifests.
+def list_runs(
+    config: Config, dataset: str, subjects: Iterable[str], needs: Sequence[str]
+) -> pd.DataFrame:
+    """The runs of `subjects` that have what a model `needs` and are good enough.
 
-    A column `subject` is added.
+    Rows of the manifests of the first of `needs`, with a column `subject`; the column `key` tells
+    what all its stores were made from.
     """
     layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype=str)[["run", "subject"]]
-    manifests = [layout.manifest("tokens", batch) for batch in range(config.compute.batches)]
-    table = pd.concat([read_table(path, dtype=str) for path in manifests])
-    # A key tells what a store was made from; its bytes also tell where its source lay.
-    table = table.drop(columns=list(CONTENT_COLUMNS), errors="ignore")
-    bad = table["reason"].notna() | table["run"].isin(left_out(config, dataset))
-    table = table[~bad].merge(index, on="run")
+    found = []
+    for need in needs:
+        manifests = [layout.manifest(need, batch) for batch in range(config.compute.batches)]
+        table = pd.concat([read_table(path, dtype=str) for path in manifests])
+        # A key tells what a store was made from; its bytes also tell where its source lay.
+        table = table.drop(columns=list(CONTENT_COLUMNS), errors="ignore")
+        found.append(table[table["reason"].isna()])
+    table = found[0]
+    for other in found[1:]:
+        keys = other.set_index("run")["key"]
+        table = table[table["run"].isin(keys.index)]
+        table = table.assign(key=table["key"] + " " + table["run"].map(keys))
+    table = table[~table["run"].isin(left_out(config, dataset))].merge(index, on="run")
     return table[table["subject"].isin(set(subjects))].sort_values(["subject", "run"])
 
 

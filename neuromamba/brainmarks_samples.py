@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from neuromamba.config import NeuroMamba
 from neuromamba.embed import WINDOWS
 from neuromamba.files import InputError
 from neuromamba.moments import Floats, Moments
@@ -102,6 +103,7 @@ class BrainmarksTransform:
         if windows < 1:
             raise InputError(f"windows = {windows}: a run is embedded by at least 1 window")
         self._model, self._tokens, self._windows = pretrained.model, pretrained.tokens, windows
+        self._voxelwise = cast(NeuroMamba, pretrained.model).normalization == "voxel"
         self._shape, affine = pretrained.volumes.shape, target_affine(pretrained.volumes)
         self._voxels = resample_mask(mask.T, AFFINE, self._shape, affine)
         resampler = Resampler(mask.T.shape, AFFINE, self._shape, affine, self._voxels)
@@ -194,7 +196,7 @@ class BrainmarksTransform:
         shape = (len(starts), self.n_patches, length // time_patch, time_patch * columns.shape[1])
         tokens = np.zeros(shape, dtype=np.float32)
         for window, start in zip(tokens, starts * time_patch, strict=True):
-            values = run.normalized(start, length, self._model.normalization == "voxel")
+            values = run.normalized(start, length, self._voxelwise)
             # One more column, for voxels of a patch that are not brain.
             taken = np.pad(values, ((0, 0), (0, 1)))[:, columns]
             taken = taken.reshape(shape[2], time_patch, *columns.shape).transpose(2, 0, 1, 3)

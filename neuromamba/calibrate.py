@@ -170,7 +170,7 @@ def learn(
         volumes=config.volumes,
         tokens=settings["tokens"],
         window=settings["model"]["volumes"],
-        normalization=settings["model"]["normalization"],
+        normalization=settings["model"].get("normalization"),
         subjects={part: len(first_runs(rows)) for part, rows in observed.items()},
         ranges=dict(ranges),
         levels=levels,

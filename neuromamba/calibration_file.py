@@ -84,7 +84,7 @@ class Calibration(_Frozen):
     volumes: Volumes
     tokens: dict[str, Any]
     window: int
-    normalization: str
+    normalization: str | None
     subjects: dict[str, int]
     ranges: dict[str, tuple[float, float]]
     levels: dict[Level, OfLevel]

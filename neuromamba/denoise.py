@@ -13,10 +13,8 @@ Choices
   0.13 it leaves a scrubbed volume as it is when the one as far from the other end of the run is
   scrubbed too, so that the artefact spreads through the filter. Gaps at the ends are cut off and
   not bridged, because splines go astray beyond the last value that holds them.
-- Another repetition time comes last, on the true time axis: for a longer one, what the new one
-  cannot hold is filtered out first, without a shift (Chebyshev type II, flat below, 40 dB down from
-  the new Nyquist frequency on), then quintic splines. These reach half the Nyquist frequency within
-  0.3 % and 0.7 of it within 5 %. No volume is made up between two that are not both used.
+- Another repetition time comes last, on the true time axis (see `resample_time`). No volume is made
+  up between two that are not both used.
 """
 
 from __future__ import annotations
@@ -31,22 +29,16 @@ import numpy as np
 import numpy.typing as npt
 import scipy
 from nilearn.signal import clean
-from scipy.interpolate import CubicSpline, make_interp_spline
-from scipy.signal import cheby2, sosfiltfilt
+from scipy.interpolate import CubicSpline
 
 from neuromamba.config import Denoise
 from neuromamba.confounds import Confounds, no_confounds, read_confounds, sidecar_of
 from neuromamba.files import InputError, digest_file
 from neuromamba.nifti import Header
+from neuromamba.resample_time import FINEST, SAME_SECONDS, resample_time, times_of
 
 Series = npt.NDArray[np.float64]
 """(volume, voxel) or (volume, column)."""
-
-FINEST = 0.5
-"""Smallest ratio of the new repetition time to the old: more volumes would hold nothing more."""
-SAME_SECONDS = 1e-6
-ANTI_ALIAS_ORDER, ANTI_ALIAS_DB = 12, 20.0
-"""Of the Chebyshev filter; the attenuation is that of each of its two passes."""
 
 
 class Denoiser:
@@ -136,10 +128,6 @@ class Denoiser:
     def _resamples(self) -> bool:
         return abs(self._new - self._old) > SAME_SECONDS
 
-    @property
-    def _is_slower(self) -> bool:
-        return self._resamples and self._new > self._old
-
     def _refuse_frequencies(self) -> None:
         nyquist = 0.5 / max(self._old, self._new)
         limits = {"low_pass": 0.5 / self._old, "high_pass": nyquist}
@@ -164,8 +152,7 @@ class Denoiser:
             return np.asarray(self._kept * self._old, dtype=np.float64)
         used = np.zeros(self._stop - self._first + 1, dtype=bool)
         used[self._kept] = True
-        n = math.floor((len(used) - 2) * self._old / self._new + SAME_SECONDS) + 1
-        wanted = np.arange(n) * self._new
+        wanted = times_of(len(used) - 1, self._old, self._new)
         place = wanted / self._old
         below = np.floor(place + SAME_SECONDS).astype(np.intp)
         on_volume = np.abs(place - below) < SAME_SECONDS
@@ -202,17 +189,10 @@ class Denoiser:
         grid = np.arange(self._stop - self._first)
         if len(values) < len(grid):
             values = CubicSpline(self._kept, values)(grid)
-        if self._is_slower:
-            sections = cheby2(
-                ANTI_ALIAS_ORDER, ANTI_ALIAS_DB, Wn=self._old / self._new, output="sos"
-            )
-            # scipy's own padding, or what a short run has.
-            padding = min(3 * (2 * len(sections) + 1), len(grid) - 1)
-            values = sosfiltfilt(sections, values, axis=0, padlen=padding)
-        spline = make_interp_spline(grid * self._old, values, k=5)
-        return np.asarray(spline(self._wanted), dtype=np.float64)
+        return resample_time(values, self._old, self._new, self._wanted)
 
     def _record(self, header: Header, found: Confounds, rank: int, dof: int) -> dict[str, Any]:
+        slower = self._resamples and self._new > self._old
         return {
             "repetition_time": self._new,
             "time_is_regular": bool(np.allclose(np.diff(self.times), self._new)),
@@ -226,7 +206,7 @@ class Denoiser:
                 "dropped": found.dropped,
                 "scrubbed": found.scrubbed,
                 "filter": "Butterworth, order 5, zero phase" if self._filters else None,
-                "anti_alias": "Chebyshev II, order 12, zero phase" if self._is_slower else None,
+                "anti_alias": "Chebyshev II, order 12, zero phase" if slower else None,
                 "interpolation": "quintic" if self._resamples else None,
                 "source_repetition_time": self._old,
                 "source_n_volumes": header.n_volumes,

@@ -14,7 +14,7 @@ Design choices
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -39,6 +39,7 @@ from neuromamba.pretrained import (
     open_finetuned,
     open_pretrained,
     refuse_other_grid,
+    refuse_other_regions,
 )
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
@@ -74,6 +75,8 @@ class Embedder:
         Sections of the config that it was trained under.
     weights
         Digest of its weights.
+    regions
+        Those of a model of ROI series; see `neuromamba.pretrain.regions_of`.
     """
 
     network: nn.Module
@@ -81,6 +84,7 @@ class Embedder:
     tokens: Tokens
     volumes: Volumes
     weights: str
+    regions: Mapping[str, Any] | None = None
 
 
 def open_embedder(
@@ -98,8 +102,8 @@ def open_embedder(
     else:
         network, info = open_finetuned(config, dataset, model, seed, target)
     network.to(choose_device(config.compute.device))
-    weights = info["files"][WEIGHTS]
-    return Embedder(network, config.models[model], config.tokens, config.volumes, weights)
+    weights, regions = info["files"][WEIGHTS], info["settings"].get("regions")
+    return Embedder(network, config.models[model], config.tokens, config.volumes, weights, regions)
 
 
 def open_shared(config: Config, folder: Path) -> Embedder:
@@ -109,7 +113,9 @@ def open_shared(config: Config, folder: Path) -> Embedder:
     shared = from_pretrained(folder, compute=config.compute)
     shared.network.to(choose_device(config.compute.device))
     weights = digest_file(folder / WEIGHTS)
-    return Embedder(shared.network, shared.model, shared.tokens, shared.volumes, weights)
+    return Embedder(
+        shared.network, shared.model, shared.tokens, shared.volumes, weights, shared.regions
+    )
 
 
 def run_embed(
@@ -147,10 +153,13 @@ def run_embed(
     if level == "token" and not hasattr(embedder.network, "encode"):
         raise InputError(f"a model of family {embedder.model.family} does not embed tokens")
     layout = Layout.of(config, dataset)
-    table = choose_runs(config, dataset, runs, subjects)
+    table = choose_runs(config, dataset, embedder.model.needs, runs, subjects)
     for run in table["run"]:
-        store = TokenStore(layout.array("tokens", run))
-        refuse_other_grid(store, embedder.tokens, embedder.volumes)
+        if "tokens" in embedder.model.needs:
+            store = TokenStore(layout.array("tokens", run))
+            refuse_other_grid(store, embedder.tokens, embedder.volumes)
+        else:
+            refuse_other_regions(layout.array("rois", run), embedder.regions)
     readers = make_readers(embedder.network, layout, embedder.model, embedder.tokens)
     windows = Windows(group_runs(table), readers, config.compute.max_excluded)
     for run, reason in windows.left_out.items():
@@ -169,9 +178,13 @@ def run_embed(
 
 
 def choose_runs(
-    config: Config, dataset: str, runs: Sequence[str] | None, subjects: Sequence[str] | None
+    config: Config,
+    dataset: str,
+    needs: Sequence[str],
+    runs: Sequence[str] | None,
+    subjects: Sequence[str] | None,
 ) -> pd.DataFrame:
-    """The runs with tokens that were asked for: the manifests' rows with a column `subject`.
+    """The runs asked for, with what a model `needs`: the manifests' rows with a column `subject`.
 
     Raises
     ------
@@ -179,14 +192,15 @@ def choose_runs(
         Naming runs and subjects that there are not.
     """
     layout = Layout.of(config, dataset)
-    table = list_runs(config, dataset, read_table(layout.index, dtype=str)["subject"].unique())
+    everybody = read_table(layout.index, dtype=str)["subject"].unique()
+    table = list_runs(config, dataset, everybody, needs)
     for column, names in (("run", runs), ("subject", subjects)):
         if names is not None:
             unknown = sorted(set(names) - set(table[column]))
             if unknown:
                 raise InputError(
-                    f"--{column}s: {', '.join(unknown[:5])} has no tokens in {dataset}; see "
-                    f"{layout.index} and {layout.excluded}"
+                    f"--{column}s: {', '.join(unknown[:5])} has no {' and '.join(needs)} in "
+                    f"{dataset}; see {layout.index} and {layout.excluded}"
                 )
             table = table[table[column].isin(set(names))]
     return table

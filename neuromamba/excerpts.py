@@ -41,7 +41,7 @@ class Excerpt:
                     f"{store}: has {series.shape} volumes x ROIs, which does not fit what else is "
                     "known of the run or the subject's other runs; run rois again"
                 )
-            found.append(_standardise(series)[taken])
+            found.append(standardise(series)[taken])
         return np.concatenate(found)
 
     @property
@@ -73,6 +73,7 @@ def varies(series: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     return np.asarray(values.std(axis=0) > rounding)
 
 
-def _standardise(series: Floats) -> Floats:
+def standardise(series: Floats) -> Floats:
+    """Each column (time, roi) in z units of itself; NaN where it does not vary."""
     spread = np.where(varies(series), series.std(axis=0), np.nan)
     return (series - series.mean(axis=0)) / spread

@@ -38,10 +38,11 @@ from neuromamba.attribution_checks import (
 )
 from neuromamba.attribution_figure import draw_maps
 from neuromamba.attribution_maps import KINDS, GroupMap, SubjectMap, map_name, write_map
-from neuromamba.attribution_maskers import Mask, choose_masker
+from neuromamba.attribution_maskers import Mask, RegionMasker, choose_masker
 from neuromamba.attribution_regions import Regions, draw_regions
 from neuromamba.batches import Windows
 from neuromamba.config import Config
+from neuromamba.expert_maps import ExpertWeights, observe_experts, write_experts
 from neuromamba.explain_networks import PARTS, Compared, networks_to_compare
 from neuromamba.explainer import (
     Explainer,
@@ -129,7 +130,8 @@ def run_explain(
     predictor = open_predictor(layout.finetune(model, seed, target), config.compute.device)
     atlas = _atlas_of(config, dataset, predictor)
     ours = config.explain
-    names = subjects_to_explain(config, dataset, ours.subjects) if subjects is None else subjects
+    needs = predictor.model.needs
+    names = subjects or subjects_to_explain(config, dataset, needs, ours.subjects)
     count = ours.windows if windows is None else windows
     steps = ours.steps if steps is None else steps
     explainer, opened = _open(config, dataset, predictor, atlas, names, steps, count, of_class)
@@ -200,6 +202,9 @@ def _write(folder: Path, study: Study, subject_maps: bool) -> dict[str, Any]:
             for kind in ("strength", "between")
             if kind in maps
         }
+    weights = _observe_experts(study)
+    if weights is not None and isinstance(masker, RegionMasker):
+        write_experts(folder, weights, masker, about)
     title = f"{about['target']}: {about['explains']} ({group.n} subjects)"
     coarse = {ROWS[k]: masker.paint(masker.coarsen(v, group.brain)) for k, v in maps.items()}
     draw_maps(folder / "attribution.png", coarse, masker.affine, title)
@@ -211,6 +216,12 @@ def _write(folder: Path, study: Study, subject_maps: bool) -> dict[str, Any]:
     }
     write_json(folder / "explain.json", {**about, **facts, **checks})
     return checks
+
+
+def _observe_experts(study: Study) -> ExpertWeights | None:
+    predictor, count = study.explainer.predictor, study.explainer.count
+    network, size = predictor.network.backbone, predictor.finetune.batch_size
+    return observe_experts(network, study.windows, count, size)
 
 
 def _explain_all(

@@ -107,7 +107,7 @@ def _refitted(config: Config, dataset: str, predictor: Predictor, seed: int) -> 
     """Two heads, or none where too few training subjects have runs."""
     labels = read_labels(config, dataset, predictor.target)
     train = [n for n in read_split(Layout.of(config, dataset).split)["train"] if n in labels]
-    made = set(list_runs(config, dataset, train)["subject"])
+    made = set(list_runs(config, dataset, train, predictor.model.needs)["subject"])
     names = some_of([name for name in train if name in made], FIT_SUBJECTS)
     windows = open_windows(config, dataset, predictor, names) if names else None
     values = np.array([labels[name] for name in windows.subjects] if windows else [])

@@ -112,7 +112,7 @@ def choose_steps(explainer: Explainer, windows: Windows, subject: str) -> int:
     return STEPS[-1]
 
 
-def subjects_to_explain(config: Config, dataset: str, most: int) -> list[str]:
+def subjects_to_explain(config: Config, dataset: str, needs: Sequence[str], most: int) -> list[str]:
     """At most `most` of the test subjects that have usable runs, evenly spaced over their names.
 
     Raises
@@ -122,11 +122,11 @@ def subjects_to_explain(config: Config, dataset: str, most: int) -> list[str]:
     """
     layout = Layout.of(config, dataset)
     test = read_split(layout.split)["test"]
-    made = set(list_runs(config, dataset, test)["subject"])
+    made = set(list_runs(config, dataset, test, needs)["subject"])
     if not made:
         raise InputError(
-            f"{layout.split}: no subject of the part 'test' has tokens of good quality; see "
-            f"{layout.excluded} for the reasons, or name others by --subjects"
+            f"{layout.split}: no subject of the part 'test' has {' and '.join(needs)} of good "
+            f"quality; see {layout.excluded} for the reasons, or name others by --subjects"
         )
     return some_of([name for name in test if name in made], most)
 
@@ -142,7 +142,7 @@ def open_windows(
         When a run was made otherwise than the model reads it, or a subject has none.
     """
     layout = Layout.of(config, dataset)
-    table = choose_runs(config, dataset, None, names)
+    table = choose_runs(config, dataset, predictor.model.needs, None, names)
     if "tokens" in predictor.network.needs:
         for run in table["run"]:
             store = TokenStore(layout.array("tokens", run))

@@ -29,7 +29,17 @@ PAPERS = {
     "neuromamba": [
         "NeuroMamba, NeurIPS 2025 workshop, OpenReview kftg4lmQi8",
         'T. Dao and A. Gu, "Transformers are SSMs", 2024, arXiv 2405.21060',
-    ]
+    ],
+    "lmae": [
+        "Local masked autoencoder, random-walk mixture of experts and state-space predictor, 2025, "
+        "arXiv 2508.16597, of which the abstract alone was at hand",
+        'T. Dao and A. Gu, "Transformers are SSMs", 2024, arXiv 2405.21060',
+    ],
+    "roi_transformer": [
+        "J. Ortega Caro and others, BrainLM, ICLR 2024, OpenReview RwI7ZEfR27",
+        'K. He and others, "Masked autoencoders are scalable vision learners", 2022, arXiv '
+        "2111.06377",
+    ],
 }
 """What a model of each family rests on."""
 
@@ -49,15 +59,16 @@ def run_export(config: Config, dataset: str, model: str, seed: int, folder: Path
     source, model = config.pretraining_of(dataset, model)
     section, members = config.models[model], config.members(source)
     layout = Layout.of(config, source)
-    _, runs = list_training(config, source)
+    _, runs = list_training(config, source, section.needs)
     record = make_record(config, source, model, seed, section.pretrain, runs)
     if record["inputs"] != {name: info["inputs"].get(name) for name in record["inputs"]}:
         raise InputError(
             f"{layout.pretrain(model, seed) / 'model.json'}: the split or the runs have changed "
             "since this model was trained, so what it was trained on cannot be told; train it again"
         )
-    store = TokenStore(layout.array("tokens", str(runs["run"].iloc[0])))
-    refuse_other_grid(store, config.tokens, config.volumes)
+    if "tokens" in section.needs:
+        store = TokenStore(layout.array("tokens", str(runs["run"].iloc[0])))
+        refuse_other_grid(store, config.tokens, config.volumes)
     used = runs[~runs["run"].isin(set(info["left_out"]))]
     facts = {
         "name": model,
@@ -74,7 +85,8 @@ def run_export(config: Config, dataset: str, model: str, seed: int, folder: Path
         "steps": info["step"],
         "best": info["best"],
     }
-    pretrained = Pretrained(network, section, config.tokens, config.volumes, facts)
+    regions = info["settings"].get("regions")
+    pretrained = Pretrained(network, section, config.tokens, config.volumes, facts, regions)
     save_pretrained(folder, pretrained, write_card(pretrained))
     tqdm.write(
         f"{folder}: {model}, {info['parameters']:,} parameters; set a licence in its README.md "
@@ -96,6 +108,7 @@ def write_card(pretrained: Pretrained) -> str:
             "width": pretrained.network.width,
             "model": section.model_dump(mode="json"),
             "tokens": pretrained.tokens,
+            "regions": pretrained.regions,
             "volumes": pretrained.volumes,
             "earlier": [earlier["dataset"] for earlier in facts["pretrained_from"]],
             "settings": json.dumps(facts["training"], indent=2),

@@ -40,7 +40,14 @@ from neuromamba.heads import HeadedModel, make_unscaled
 from neuromamba.labels import labelled_subjects, make_task, read_samples, tell_left_out
 from neuromamba.layout import Layout
 from neuromamba.observe import merge_runs, observe_subject
-from neuromamba.pretrain import PARTS, make_network, make_record, make_settings, open_windows
+from neuromamba.pretrain import (
+    PARTS,
+    make_network,
+    make_record,
+    make_settings,
+    open_windows,
+    regions_of,
+)
 from neuromamba.probe import probe_and_save
 from neuromamba.record import OnChange, ancestry, differences
 from neuromamba.runtime import choose_device
@@ -59,8 +66,9 @@ def run_finetune(
     target: str,
     on_change: OnChange = "refuse",
 ) -> None:
-    """Fine-tune a pretrained model: `finetune/{target}/model.safetensors`, `model.json`, metrics.
+    """Fine-tune a model: `finetune/{target}/model.safetensors`, `model.json`, metrics.
 
+    It starts from the pretraining, or, where `finetune.start` says so, from fresh weights.
     `calibration.json` and `calibration.safetensors` are for predictions of new scans.
 
     Subjects without a label are left out, and their number is told.
@@ -76,17 +84,20 @@ def run_finetune(
     source, pretrained = config.pretraining_of(dataset, model)
     pretrain = Layout.of(config, source).pretrain(pretrained, seed)
     settings = config.models[model].finetune
-    earlier = load_model_info(pretrain)
+    earlier = {} if settings.start == "fresh" else load_model_info(pretrain)
     labels, states = read_samples(config, dataset, model, target)
     subjects, unlabelled = labelled_subjects(layout, labels)
     used = {name: labels[name] for part in PARTS for name in subjects[part]}
-    runs = list_runs(config, dataset, {subject_of(name) for name in used})
+    needs = config.models[model].needs
+    runs = list_runs(config, dataset, {subject_of(name) for name in used}, needs)
     record = make_record(config, dataset, model, seed, settings, runs)
-    refuse_other_settings(pretrain, earlier, record["settings"])
+    if earlier:
+        refuse_other_settings(pretrain, earlier, record["settings"])
+        record["inputs"]["pretrained"] = earlier["files"]
     record["settings"]["target"] = target_settings(config.datasets[dataset], target)
     if settings.mode == "probe":
         record["settings"]["inner_folds"] = config.evaluate.inner_folds
-    record["inputs"] |= {"labels": digest_json(used), "pretrained": earlier["files"]}
+    record["inputs"]["labels"] = digest_json(used)
     if states is not None:
         record["inputs"]["states"] = states.digest
     trained = states is None and only_uncalibrated(folder, record, on_change)
@@ -94,8 +105,9 @@ def run_finetune(
         return
     task = make_task(config, dataset, target, subjects, labels)
     tell_left_out(f"{dataset}, {target}", unlabelled, states)
-    backbone = make_network(config, model, seed)
-    load_weights(backbone, pretrain)
+    backbone = make_network(config, model, seed, record["settings"])
+    if earlier:
+        load_weights(backbone, pretrain)
     probe = settings.mode == "probe"
     network = HeadedModel(backbone, task, settings.head_dropout, settings.mode != "full", probe)
     people = {part: sorted({*map(subject_of, names)}) for part, names in subjects.items()}
@@ -104,7 +116,7 @@ def run_finetune(
     network = network.to(choose_device(config.compute.device))
     if not trained:
         facts = {"target": target, "unlabelled": unlabelled, "scaling": task.describe()}
-        facts["pretrained_from"] = ancestry(earlier)
+        facts |= {"pretrained_from": ancestry(earlier)} if earlier else {}
         train = probe_and_save if probe else train_by_gradient
         train(network, settings, windows, used, folder, record, config, on_change, facts)
     if states is None:
@@ -152,9 +164,9 @@ def refuse_other_settings(
 ) -> None:
     """Raise `InputError` when the model in `folder` was made under another model or tokens section.
 
-    Weights may fit a model whose window or normalisation has changed, and then mean nothing.
+    Weights may fit a model whose window, normalisation or atlas has changed, and then mean nothing.
     """
-    sections = ("model", "tokens", "target")
+    sections = ("model", "tokens", "regions", "target")
     old, new = (
         {"settings": {name: given.get(name) for name in sections if name in settings}, "inputs": {}}
         for given in (info["settings"], settings)
@@ -188,16 +200,17 @@ def predict_subjects(
     layout = Layout.of(config, dataset)
     folder, section = layout.finetune(model, seed, target), config.models[model]
     spec = config.datasets[dataset].targets[target]
-    settings = make_settings(config, model, section.finetune, seed)
+    runs = list_runs(config, dataset, {subject_of(name) for name in subjects}, section.needs)
+    regions = regions_of(layout, section, runs["run"])
+    settings = make_settings(config, model, section.finetune, seed, regions)
     settings["target"] = target_settings(config.datasets[dataset], target)
     info, classes = load_model_info(folder), spec.class_names
     refuse_other_settings(folder, info, settings)
     # The mode that it was trained by, which the config may no longer have.
     probe = info["settings"]["finetune"]["mode"] == "probe"
-    network = make_unscaled(make_network(config, model, seed), classes, probe)
+    network = make_unscaled(make_network(config, model, seed, settings), classes, probe)
     load_weights(network, folder)
     network.to(choose_device(config.compute.device)).eval()
-    runs = list_runs(config, dataset, {subject_of(name) for name in subjects})
     readers = make_readers(network, layout, section, config.tokens)
     kind: Callable[..., Windows] = Windows
     if isinstance(spec, State):

@@ -108,7 +108,7 @@ def run_forecast(config: Config, dataset: str, model: str, seed: int) -> None:
         "settings": config.forecast.model_dump(mode="json"),
         "known_volumes": known,
         "forecast_volumes": section.volumes - known,
-        "normalization": section.normalization,
+        "normalization": info["settings"]["model"]["normalization"],
         "n_test_subjects": len(split["test"]),
         **counts,
         "left_out": windows.left_out,
@@ -145,7 +145,7 @@ def open_runs(
 ) -> Windows:
     """Windows over the runs of some subjects."""
     layout, section = Layout.of(config, dataset), config.models[model]
-    runs = list_runs(config, dataset, subjects)
+    runs = list_runs(config, dataset, subjects, section.needs)
     readers = make_readers(network, layout, section, config.tokens)
     return Windows(group_runs(runs), readers, config.compute.max_excluded)
 

@@ -131,6 +131,7 @@ class HeadedModel(nn.Module):
         self.task = task
         self.frozen, self.of_means = frozen, of_means
         self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]
+        self.n_rois = int(getattr(backbone, "n_rois", 0))
         backbone.requires_grad_(not frozen)
         if isinstance(forecast := getattr(backbone, "head", None), nn.Module):
             forecast.requires_grad_(False)

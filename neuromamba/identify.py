@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from neuromamba.batches import Batch, Window, Windows
-from neuromamba.config import Config
+from neuromamba.config import Config, RoiModel
 from neuromamba.connectivity import connectivity
 from neuromamba.embed import mean_of_windows
 from neuromamba.evaluate import find_seen
@@ -64,6 +64,7 @@ from neuromamba.occasions import (
 )
 from neuromamba.pretrained import open_pretrained
 from neuromamba.record import provenance
+from neuromamba.roi_windows import read_regions
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
 from neuromamba.spacing import some_of
@@ -100,16 +101,22 @@ def run_identify(config: Config, dataset: str, model: str, seed: int) -> None:
     network.to(choose_device(config.compute.device)).eval()
     windows, left_out = open_test_runs(config, dataset, model, network, test)
     length = volumes // time_patch
-    pairs, reasons = choose_pairs(config, dataset, windows, length, test)
+    section = config.models[model]
+    seconds_apart = section.repetition_time if isinstance(section, RoiModel) else None
+    pairs, reasons = choose_pairs(config, dataset, windows, length, test, seconds_apart)
 
     def describe(subject: str, occasion: Occasion) -> Features:
         starts = occasion.starts(length)
         of_run = [Window(subject, occasion.run, start) for start in starts]
         rois = layout.array("rois", occasion.run)
+        pace = seconds_apart / read_regions(rois)["repetition_time"] if seconds_apart else 1.0
+        shape: Features = {}
+        if "tokens" in section.needs:
+            shape = {"brain-shape": brain_shape(TokenStore(layout.array("tokens", occasion.run)))}
         return {
             **by_model(network, windows, of_run, time_patch),
-            **by_rois(rois, seen_volumes(starts, volumes, time_patch)),
-            "brain-shape": brain_shape(TokenStore(layout.array("tokens", occasion.run))),
+            **by_rois(rois, seen_volumes(starts, volumes, time_patch, pace)),
+            **shape,
         }
 
     started = time.perf_counter()

@@ -64,9 +64,15 @@ class Pair:
     second: Occasion
 
 
-def seen_volumes(starts: Sequence[int], volumes: int, time_patch: int) -> npt.NDArray[np.intp]:
-    """The numbers of the volumes that lie in windows which start at these time patches."""
-    return np.unique(np.add.outer(np.array(starts) * time_patch, np.arange(volumes)))
+def seen_volumes(
+    starts: Sequence[int], volumes: int, time_patch: int, pace: float = 1.0
+) -> npt.NDArray[np.intp]:
+    """The numbers of the volumes that lie in windows which start at these time patches.
+
+    `pace` is how many volumes of the run go to one of the window's, which may have been resampled.
+    """
+    seen = np.add.outer(np.array(starts) * time_patch, np.arange(volumes))
+    return np.unique(np.floor(seen * pace + 0.5).astype(np.intp))
 
 
 def open_test_runs(
@@ -74,7 +80,7 @@ def open_test_runs(
 ) -> tuple[Windows, dict[str, str]]:
     """Windows over the runs of test subjects that have ROI series too, and why others have none."""
     layout = Layout.of(config, dataset)
-    runs = list_runs(config, dataset, test)
+    runs = list_runs(config, dataset, test, config.models[model].needs)
     manifests = [layout.manifest("rois", batch) for batch in range(config.compute.batches)]
     has_rois = runs["run"].isin(usable_runs(manifests))
     lost = {str(run): "it has no ROI series" for run in runs.loc[~has_rois, "run"]}
@@ -84,11 +90,17 @@ def open_test_runs(
 
 
 def choose_pairs(
-    config: Config, dataset: str, windows: Windows, length: int, test: Sequence[str]
+    config: Config,
+    dataset: str,
+    windows: Windows,
+    length: int,
+    test: Sequence[str],
+    repetition_time: float | None = None,
 ) -> tuple[list[Pair], dict[str, str]]:
     """The occasions of each subject, by name, and why a subject has none.
 
-    `length` is that of a window, in time patches.
+    `length` is that of a window, in time patches. `repetition_time` is that of the volumes of
+    windows in s, where these are not the stored ones.
 
     Raises
     ------
@@ -98,7 +110,7 @@ def choose_pairs(
     index = read_table(Layout.of(config, dataset).index, dtype={"run": str, "subject": str})
     index = index.set_index("run").reindex(columns=["session", "task", "repetition_time"])
     facts = index.to_dict("index")
-    resampled = config.volumes.denoise.repetition_time
+    resampled = repetition_time or config.volumes.denoise.repetition_time
     # The last of a run's windows ends where the run does.
     patches = {window.run: window.start + length for window in windows.spaced(2)}
     pairs, reasons = [], {}

@@ -23,6 +23,7 @@ from neuromamba.heads import HeadedModel, NumberHead, make_unscaled
 from neuromamba.models import build_model
 from neuromamba.novelty import Cloud
 from neuromamba.observe import Grid, patch_grid
+from neuromamba.pretrain import n_rois_of
 from neuromamba.record import seen_subjects
 from neuromamba.runtime import choose_device
 
@@ -116,7 +117,7 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
     else:
         volumes, space = calibration.volumes, calibration.space
     return Predictor(
-        network=_load(folder, model, finetune, tokens, classes, device),
+        network=_load(folder, model, settings, tokens, classes, device),
         model=model,
         finetune=finetune,
         tokens=tokens,
@@ -154,7 +155,7 @@ def _read(folder: Path) -> dict[str, Any]:
 def _load(
     folder: Path,
     model: Model,
-    finetune: Finetune,
+    settings: Mapping[str, Any],
     tokens: Tokens,
     classes: list[str],
     device: str,
@@ -162,8 +163,9 @@ def _load(
     compute = Compute.model_validate({"device": device})
     # The weights drawn here are replaced: nobody else's random numbers are to change for them.
     with torch.random.fork_rng(devices=[]):
-        backbone = build_model(model, tokens.patch**3 * tokens.time_patch, compute)
-        network = make_unscaled(backbone, classes, finetune.mode == "probe")
+        values = tokens.patch**3 * tokens.time_patch
+        backbone = build_model(model, values, compute, n_rois_of(settings))
+        network = make_unscaled(backbone, classes, settings["finetune"]["mode"] == "probe")
     load_weights(network, folder)
     return network.to(choose_device(device)).eval()
 

@@ -5,7 +5,7 @@ The subjects of the validation part choose the weights; those of the test part a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import nn
 
 from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.checkpoint import load_model_info, load_weights
-from neuromamba.config import Config, Optimiser
+from neuromamba.config import Config, Model, Optimiser
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
 from neuromamba.participants import read_participants
 from neuromamba.record import OnChange, ancestry
+from neuromamba.roi_windows import read_regions
 from neuromamba.shares import nested_share
 from neuromamba.source_code import code_of
 from neuromamba.splits import read_split
@@ -65,7 +66,8 @@ def run_pretrain(
     if fraction is not None:
         folder = layout.cell(model, fraction, seed)
         settings = config.scaling.training(settings, fraction)
-    subjects, runs = list_training(config, dataset, fraction)
+    needs = config.models[model].needs
+    subjects, runs = list_training(config, dataset, needs, fraction)
     record = make_record(config, dataset, model, seed, settings, runs)
     if fraction is not None:
         record["settings"]["fraction"] = fraction
@@ -75,7 +77,7 @@ def run_pretrain(
         record["inputs"]["init_from"] = earlier["files"]["model.safetensors"]
     if already_there(folder, record, on_change):
         return
-    network = make_network(config, model, seed)
+    network = make_network(config, model, seed, record["settings"])
     if start:
         load_weights(network, Path(start))
     if isinstance(pool := getattr(network, "pool", None), nn.Module):
@@ -86,9 +88,11 @@ def run_pretrain(
 
 
 def list_training(
-    config: Config, dataset: str, fraction: float | None = None
+    config: Config, dataset: str, needs: Sequence[str], fraction: float | None = None
 ) -> tuple[dict[str, list[str]], pd.DataFrame]:
     """The subjects of each part, and their runs, of a dataset or of all members of a mixture.
+
+    The runs are those that have what a model `needs`.
 
     The names of a mixture are qualified: `dataset/sub-01`. With `fraction`, the training part is
     that share of each dataset's (see `shares.nested_share`).
@@ -105,23 +109,56 @@ def list_training(
             )
         start = f"{member}/" if dataset in config.mixtures else ""
         of_member = [name for part in PARTS for name in split[part]]
-        table = list_runs(config, member, of_member)
+        table = list_runs(config, member, of_member, needs)
         tables.append(table.assign(run=start + table["run"], subject=start + table["subject"]))
         for part in PARTS:
             subjects[part] += [start + name for name in split[part]]
     return subjects, pd.concat(tables)
 
 
-def make_network(config: Config, model: str, seed: int) -> nn.Module:
-    """The model family with fresh weights drawn from `seed`."""
+def make_network(
+    config: Config, model: str, seed: int, settings: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The model family with fresh weights drawn from `seed`.
+
+    `settings` are those of its training, which tell of how many regions it reads the series.
+    """
     torch.manual_seed(seed)
     values = config.tokens.patch**3 * config.tokens.time_patch
-    return build_model(config.models[model], values, config.compute)
+    n_rois = n_rois_of(settings or {})
+    return build_model(config.models[model], values, config.compute, n_rois)
 
 
-def make_settings(config: Config, model: str, settings: Optimiser, seed: int) -> dict[str, Any]:
-    """The part of the config that a training depends on: its own section, the model's, tokens."""
-    return {
+def n_rois_of(settings: Mapping[str, Any]) -> int:
+    """Of how many regions the settings of a training tell; 0 for a model of other input."""
+    return int(settings.get("regions", {}).get("n_rois", 0))
+
+
+def regions_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, Any] | None:
+    """Which regions a model reads the series of, by the first of some runs, JSON-able.
+
+    `None` for a model that reads none.
+    """
+    run = next(iter(runs), None)
+    if "rois" not in model.needs or run is None:
+        return None
+    known = read_regions(layout.array("rois", run))
+    count = int(known["n_rois"]) + int(known["n_missing"])
+    return {"atlas": known["atlas"], "atlas_sha256": known["atlas_sha256"], "n_rois": count}
+
+
+def make_settings(
+    config: Config,
+    model: str,
+    settings: Optimiser,
+    seed: int,
+    regions: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The part of the config that a training depends on: its own section, the model's, tokens.
+
+    `regions` are those of `regions_of`.
+    """
+    return ({"regions": dict(regions)} if regions else {}) | {
         "model": config.models[model].model_dump(
             mode="json", exclude={"base", "pretrain", "finetune"}
         ),
@@ -142,12 +179,13 @@ def make_record(
     members = config.members(dataset)
     splits = {name: digest_file(Layout.of(config, name).split) for name in members}
     mixture = {"mixture": members} if dataset in config.mixtures else {}
+    regions = regions_of(Layout.of(config, dataset), config.models[model], runs["run"])
     return {
         "stage": stage,
         "dataset": dataset,
         "model": model,
         "seed": seed,
-        "settings": make_settings(config, model, settings, seed) | mixture,
+        "settings": make_settings(config, model, settings, seed, regions) | mixture,
         "inputs": {
             "split": splits.get(dataset, splits),
             "runs": digest_json(runs[["run", "key"]].astype(str).to_numpy().tolist()),

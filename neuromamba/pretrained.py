@@ -39,7 +39,8 @@ from neuromamba.files import (
 from neuromamba.finetune import refuse_other_settings
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
-from neuromamba.pretrain import make_network, make_settings
+from neuromamba.pretrain import make_network, make_settings, n_rois_of
+from neuromamba.roi_windows import read_regions
 from neuromamba.stage_settings import target_settings
 from neuromamba.token_store import TokenStore
 
@@ -68,6 +69,8 @@ class Pretrained:
         The grid that runs have to be resampled to, and their denoising: the keys `SHARED_GRID`.
     facts
         What else is told of it: counts of subjects and runs, settings and outcome of its training.
+    regions
+        `atlas`, `atlas_sha256` and `n_rois` of a model of ROI series.
     """
 
     network: nn.Module
@@ -75,6 +78,7 @@ class Pretrained:
     tokens: Tokens
     volumes: Volumes
     facts: Mapping[str, Any] = field(default_factory=dict)
+    regions: Mapping[str, Any] | None = None
 
 
 def save_pretrained(folder: Path | str, pretrained: Pretrained, card: str) -> None:
@@ -106,6 +110,7 @@ def save_pretrained(folder: Path | str, pretrained: Pretrained, card: str) -> No
             ),
             "tokens": pretrained.tokens.model_dump(mode="json"),
             "volumes": pretrained.volumes.model_dump(mode="json", include=SHARED_GRID),
+            **({"regions": dict(pretrained.regions)} if pretrained.regions else {}),
             "facts": dict(pretrained.facts),
             "weights": {WEIGHTS: digest_file(temporary / WEIGHTS)},
         }
@@ -159,9 +164,10 @@ def from_pretrained(
     values = tokens.patch**3 * tokens.time_patch
     # The weights drawn here are replaced: nobody else's random numbers are to change for them.
     with torch.random.fork_rng(devices=[]):
-        network = build_model(model, values, compute)
+        network = build_model(model, values, compute, n_rois_of(facts))
     put_weights(network, _read_weights(folder, facts), folder / WEIGHTS)
-    return Pretrained(network.eval(), model, tokens, volumes, facts.get("facts", {}))
+    regions = facts.get("regions")
+    return Pretrained(network.eval(), model, tokens, volumes, facts.get("facts", {}), regions)
 
 
 def open_pretrained(
@@ -179,7 +185,7 @@ def open_pretrained(
     info = load_model_info(folder)
     settings = make_settings(config, model, config.models[model].pretrain, seed)
     refuse_other_settings(folder, info, settings)
-    network = make_network(config, model, seed)
+    network = make_network(config, model, seed, info["settings"])
     load_weights(network, folder)
     return network.eval(), info
 
@@ -199,7 +205,7 @@ def open_finetuned(
     settings = make_settings(config, model, config.models[model].finetune, seed)
     settings["target"] = target_settings(config.datasets[dataset], target)
     refuse_other_settings(folder, info, settings)
-    network, start = make_network(config, model, seed), "backbone."
+    network, start = make_network(config, model, seed, info["settings"]), "backbone."
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     own = {name.removeprefix(start): v for name, v in tensors.items() if name.startswith(start)}
     put_weights(network, own, folder / WEIGHTS)
@@ -229,6 +235,17 @@ def refuse_other_grid(store: TokenStore, tokens: Tokens, volumes: Volumes) -> No
     if changes:
         raise InputError(
             f"{store.path}: {'; '.join(changes)}; make volumes and tokens with the model's settings"
+        )
+
+
+def refuse_other_regions(store: Path, regions: Mapping[str, Any] | None) -> None:
+    """Raise `InputError` when a run's ROI series are not of the atlas that a model has learnt."""
+    known, needed = read_regions(store), dict(regions or {})
+    if known["atlas_sha256"] != needed.get("atlas_sha256"):
+        raise InputError(
+            f"{store}: its regions are those of {known['atlas']}, the model reads those of "
+            f"{needed.get('atlas')}; give the dataset the same `atlas`, and make the ROI series "
+            "again"
         )
 
 

@@ -156,10 +156,11 @@ def _facts(
     benchmarks: pd.DataFrame,
 ) -> Facts:
     """What the methods may tell of."""
-    brains = {one["name"]: one["brain"] for one in datasets if one["brain"]}
+    brains = {one["name"]: one["brain"] for one in datasets}
+    volumes = {name: brain["volume"] for name, brain in brains.items() if brain["volume"]}
     return Facts(
         data=[of.data for of in found],
-        attributes={name: brain["attributes"] for name, brain in brains.items()},
+        attributes={name: volume["attributes"] for name, volume in volumes.items()},
         trainings=[training for of in found for training in of.trainings],
         evaluations=[one for of in found for group in of.evaluations.values() for one in group],
         maps=[one["about"] for brain in brains.values() for one in brain["maps"]],

@@ -20,6 +20,7 @@ from PIL import Image
 from neuromamba import brain_figures
 from neuromamba.collect import Data, Example, example_run
 from neuromamba.config import Config
+from neuromamba.expert_maps import PICTURE, TABLE
 from neuromamba.files import InputError, read_json
 from neuromamba.layout import Layout
 from neuromamba.report_viewer import PatchMap, build_viewer, patch_sums
@@ -38,15 +39,14 @@ KINDS = {
 MOST_MAPS = 6
 """Models, seeds and targets whose maps are on the page: each takes a tenth of a megabyte."""
 MOST_REGIONS = 10
+REGIONS_OF_EXPERT = 5
 WIDTH = 1000
 """Pixels of the pictures of slices."""
 
 
-def describe_brain(config: Config, data: Data) -> dict[str, Any] | None:
-    """What the page shows of a dataset's brains; `None` where there are no volumes."""
+def describe_brain(config: Config, data: Data) -> dict[str, Any]:
+    """What the page shows of a dataset's brains; its `volume` is `None` where there are none."""
     example = example_run(config, data)
-    if example is None:
-        return None
     folders = list(explained(config, data.name))
     shown: list[dict[str, Any]] = []
     maps: list[PatchMap] = []
@@ -54,15 +54,20 @@ def describe_brain(config: Config, data: Data) -> dict[str, Any] | None:
         facts, of_folder = _read_maps(label, folder, example, config.tokens.patch)
         shown.append(facts)
         maps += of_folder
-    still = brain_figures.brain(example.mean, example.mask, example.tokens, example.height)
+    return {
+        "volume": example and _describe_volume(example, config.tokens.patch, maps),
+        "maps": shown,
+        "not_shown": [str(folder) for _, folder in folders[MOST_MAPS:]],
+    }
+
+
+def _describe_volume(example: Example, edge: int, maps: list[PatchMap]) -> dict[str, Any]:
     return {
         "run": example.run,
         "attributes": example.attributes,
         "has_tokens": example.tokens is not None,
-        "static": still,
-        "viewer": build_viewer(example, config.tokens.patch, maps),
-        "maps": shown,
-        "not_shown": [str(folder) for _, folder in folders[MOST_MAPS:]],
+        "static": brain_figures.brain(example.mean, example.mask, example.tokens, example.height),
+        "viewer": build_viewer(example, edge, maps),
     }
 
 
@@ -80,23 +85,28 @@ def explained(config: Config, dataset: str) -> Iterator[tuple[str, Path]]:
 
 
 def _read_maps(
-    label: str, folder: Path, example: Example, edge: int
+    label: str, folder: Path, example: Example | None, edge: int
 ) -> tuple[dict[str, Any], list[PatchMap]]:
     """What is said of a folder of maps, and the maps if they are on the example's grid."""
     about = read_json(folder / f"{MAP}.json")
-    image = _open_image(folder / f"{MAP}.nii.gz")
-    same = image.shape[:3] == example.mask.T.shape and np.allclose(image.affine, example.affine)
-    maps = _patch_maps(image, about["volumes"], edge) if same else {}
+    glass, maps, same = [], {}, example is None
+    if example is not None:
+        image = _open_image(folder / f"{MAP}.nii.gz")
+        same = image.shape[:3] == example.mask.T.shape and np.allclose(image.affine, example.affine)
+        maps = _patch_maps(image, about["volumes"], edge) if same else {}
+        glass = [
+            {"words": KINDS[kind], "source": _through_glass(values, example, edge, kind)}
+            for kind, values in maps.items()
+        ]
     facts = {
         "label": label,
         "about": about,
         "sentences": list(verdicts(read_json(folder / EXPLAINED))),
-        "glass": [
-            {"words": KINDS[kind], "source": _through_glass(values, example, edge, kind)}
-            for kind, values in maps.items()
-        ],
+        "glass": glass,
         "slices": _as_webp(folder / "attribution.png"),
         "regions": _regions(folder / "regions.tsv"),
+        "experts": describe_experts(folder),
+        "experts_slices": _as_webp(folder / PICTURE),
         "other_grid": not same,
     }
     return facts, [_for_viewer(label, kind, values) for kind, values in maps.items()]
@@ -158,6 +168,24 @@ def _regions(path: Path) -> list[dict[str, str]]:
             "between": number(row.get("between", np.nan)),
         }
         for row in table.to_dict("records")
+    ]
+
+
+def describe_experts(folder: Path) -> list[dict[str, str]]:
+    """The regions that set each expert apart, a row each; none without a mixture of experts."""
+    if not (folder / TABLE).exists():
+        return []
+    table = read_table(folder / TABLE, dtype={"region": str})
+    table = table.sort_values(["expert", "excess"], ascending=[True, False])
+    return [
+        {
+            "expert": str(row["expert"]),
+            "region": str(row["region"]),
+            "weight": interval(row["weight"], row["weight_low"], row["weight_high"]),
+            "excess": number(row["excess"]),
+            "over_time": number(row["over_time"]),
+        }
+        for row in table.groupby("expert").head(REGIONS_OF_EXPERT).to_dict("records")
     ]
 
 

@@ -27,7 +27,7 @@ from neuromamba.config import Config, Model
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
-from neuromamba.pretrain import list_training
+from neuromamba.pretrain import list_training, n_rois_of
 from neuromamba.scaling_fit import frontier
 from neuromamba.throughput import TRAIN_FLOPS
 
@@ -59,7 +59,7 @@ def read_cells(study: Config, dataset: str) -> tuple[pd.DataFrame, Curves, list[
         When no cell has been trained.
     """
     layout = Layout.of(study, dataset)
-    runs = list_training(study, dataset)[1]
+    runs = list_training(study, dataset, next(iter(study.models.values())).needs)[1]
     rows, missing = [], []
     curves: Curves = {}
     for model, fraction, seed in _grid(study):
@@ -121,7 +121,8 @@ def training_cost(info: Mapping[str, Any], runs: pd.DataFrame, folder: Path) -> 
     training, cut = settings["pretrain"], settings["tokens"]
     model = TypeAdapter[Model](Model).validate_python(settings["model"])
     values = cut["patch"] ** 3 * cut["time_patch"]
-    network, n_time = build_model(model, values), model.volumes // cut["time_patch"]
+    network = build_model(model, values, n_rois=n_rois_of(settings))
+    n_time = model.volumes // cut["time_patch"]
     if not hasattr(network, "flops") or "tokens" not in network.needs:  # type: ignore[operator]
         raise InputError(f"{folder}: models of family {model.family} do not count operations")
     used = runs[runs["subject"].isin(info["subjects"]["train"])]

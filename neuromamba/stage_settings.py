@@ -136,7 +136,7 @@ def relevant_settings(settings: Optimiser) -> dict[str, Any]:
     if isinstance(settings, Finetune):
         if settings.mode == "probe":
             # It takes no steps. Only the windows it sees count, and in what batches they are seen.
-            seen = {"mode", "batch_size", "evaluation_windows"}
+            seen = {"mode", "start", "batch_size", "evaluation_windows"}
             return settings.model_dump(mode="json", include=seen)
         if settings.mode != "adapters":
             unused.add("adapters")

@@ -110,11 +110,11 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [Job("excluded", job.dataset), *_batches(config, members, "qc")]
         case "pretrain" | "cell":
             splits = [Job("splits", name) for name in members]
-            tokens = _batches(config, members, "tokens")
-            return [*splits, *tokens, *_checked(config, members)]
+            return [*splits, *_made_for(config, job, members), *_checked(config, members)]
         case "finetune":
-            first = [Job("splits", job.dataset), _pretrain(config, job)]
-            return first + _checked(config, members)
+            fresh = model_of(config, job).finetune.start == "fresh"
+            first = _made_for(config, job, members) if fresh else [_pretrain(config, job)]
+            return [Job("splits", job.dataset), *first, *_checked(config, members)]
         case "baselines":
             # Whoever has no tokens is not tested either.
             made = [*_batches(config, members, "tokens"), *_batches(config, members, "rois")]
@@ -139,8 +139,8 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [Job("excluded", job.dataset), *trained, *evaluated]
         case "forecast" | "identify":
             first = [Job("splits", job.dataset), _pretrain(config, job)]
-            made = _batches(config, members, "tokens")
-            made += _batches(config, members, "rois") if job.stage == "identify" else []
+            needs = {*model_of(config, job).needs, *(["rois"] if job.stage == "identify" else [])}
+            made = [one for need in sorted(needs) for one in _batches(config, members, need)]
             return [*first, *made, *_checked(config, members)]
         case "scaling":
             return _cells(config, job.dataset)
@@ -170,6 +170,12 @@ def is_pooled(config: Config, job: Job) -> bool:
 def _batches(config: Config, datasets: list[str], stage: str) -> list[Job]:
     numbers = range(config.compute.batches)
     return [Job(stage, name, batch=number) for name in datasets for number in numbers]
+
+
+def _made_for(config: Config, job: Job, datasets: list[str]) -> list[Job]:
+    """The jobs that make what a job's model reads."""
+    needs = model_of(config, job).needs
+    return [one for need in needs for one in _batches(config, datasets, need)]
 
 
 def _checked(config: Config, datasets: list[str]) -> list[Job]:

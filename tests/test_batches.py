@@ -195,7 +195,7 @@ def test_a_need_that_no_reader_serves_is_refused(tmp_path):
     config = make_config(tmp_path)
     network = torch.nn.Module()
     network.needs = ("tokens", "anat")
-    with pytest.raises(InputError, match="needs anat; batches can carry tokens"):
+    with pytest.raises(InputError, match="needs anat; batches of family neuromamba carry tokens"):
         make_readers(network, Layout(tmp_path, "fake"), config.models["tiny"], config.tokens)
 
 
@@ -207,7 +207,7 @@ def test_runs_are_those_of_the_subjects_that_have_tokens(tmp_path):
     table["reason"] = table["reason"].astype(object)
     table.loc[table["run"] == "sub-05_task-rest_run-1", "reason"] = "T = 3"
     write_table(manifest, table)
-    runs = list_runs(config, "fake", ["sub-05", "sub-06"])
+    runs = list_runs(config, "fake", ["sub-05", "sub-06"], ["tokens"])
     assert isinstance(runs, pd.DataFrame)
     assert group_runs(runs) == {
         "sub-05": ["sub-05_task-rest_run-2"],
@@ -273,7 +273,7 @@ def test_a_batch_of_real_stores_is_the_volumes_cut_into_patches(
     monkeypatch.undo()
     layout, tokens = Layout(Path(real_stores.results), "demo"), real_stores.tokens
     index = read_table(layout.index)
-    runs = group_runs(list_runs(real_stores, "demo", index["subject"]))
+    runs = group_runs(list_runs(real_stores, "demo", index["subject"], ["tokens"]))
     assert len(runs) == 3
     reader = TokenWindows(lambda run: layout.array("tokens", run), 8, tokens, normalization)
     windows = Windows(runs, [reader])

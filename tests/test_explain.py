@@ -349,13 +349,18 @@ def test_only_subjects_with_usable_tokens_are_taken(trained: Path, tmp_path: Pat
         lost = table["run"].str.split("_").str[0].isin(subjects)
         write_table(path, table.assign(reason=table["reason"].mask(lost, "no brain")))
 
-    assert subjects_to_explain(config, "toy", 9) == ["sub-09", "sub-10", "sub-11", "sub-12"]
+    assert subjects_to_explain(config, "toy", ["tokens"], 9) == [
+        "sub-09",
+        "sub-10",
+        "sub-11",
+        "sub-12",
+    ]
     leave_out("sub-10", "sub-12")
-    assert subjects_to_explain(config, "toy", 9) == ["sub-09", "sub-11"]
-    assert subjects_to_explain(config, "toy", 1) == ["sub-09"]
+    assert subjects_to_explain(config, "toy", ["tokens"], 9) == ["sub-09", "sub-11"]
+    assert subjects_to_explain(config, "toy", ["tokens"], 1) == ["sub-09"]
     leave_out("sub-09", "sub-11")
     with pytest.raises(InputError, match="no subject of the part 'test' has tokens of good"):
-        subjects_to_explain(config, "toy", 9)
+        subjects_to_explain(config, "toy", ["tokens"], 9)
 
 
 def test_a_head_is_fitted_to_the_labels_of_its_subjects_in_whatever_order(

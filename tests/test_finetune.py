@@ -314,7 +314,7 @@ def test_it_is_to_the_bit_that_of_its_windows_one_run_at_a_time(tmp_path, parts)
     network = open_predictor(folder_of(tmp_path), "cpu").network
     layout, section = Layout.of(config, "fake"), config.models["tiny"]
     readers = make_readers(network, layout, section, config.tokens)
-    windows = Windows(group_runs(list_runs(config, "fake", [subject])), readers)
+    windows = Windows(group_runs(list_runs(config, "fake", [subject], ["tokens"])), readers)
     values = []
     for run in windows.runs[subject]:
         of_run = [window for window in windows.spaced(3, [subject]) if window.run == run]

@@ -270,7 +270,9 @@ def test_a_subject_is_predicted_by_the_mean_of_its_features(probed, target):
     table = predict_subjects(config, "fake", "tiny", 0, target, parts["validation"])
     layout = Layout.of(config, "fake")
     readers = make_readers(predictor.network, layout, config.models["tiny"], config.tokens)
-    windows = Windows(group_runs(list_runs(config, "fake", parts["validation"])), readers)
+    windows = Windows(
+        group_runs(list_runs(config, "fake", parts["validation"], ["tokens"])), readers
+    )
     for row in table.itertuples(index=False):
         runs = observe_subject(predictor.network, windows, row.subject, predictor.finetune)
         values, features = merge_runs(runs)
@@ -297,7 +299,7 @@ def opened(folder, names):
     network = open_predictor(folder_of(folder), "cpu").network
     layout = Layout.of(config, "fake")
     readers = make_readers(network, layout, config.models["tiny"], config.tokens)
-    windows = Windows(group_runs(list_runs(config, "fake", names)), readers)
+    windows = Windows(group_runs(list_runs(config, "fake", names, ["tokens"])), readers)
     return network, windows, config.models["tiny"].finetune
 
 

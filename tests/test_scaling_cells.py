@@ -112,7 +112,7 @@ def test_the_cost_is_that_of_the_batches_that_were_read(study):
     run_pretrain(config, "fake", "narrow", 0, fraction=1.0)
     info = read_json(layout.cell("narrow", 1.0, 0) / "model.json")
     info["settings"]["pretrain"] |= {"steps": 5, "batch_size": 4}
-    subjects, runs = list_training(config, "fake")
+    subjects, runs = list_training(config, "fake", ["tokens"])
     single = runs.drop_duplicates("subject")
     cost = training_cost(info, single, layout.scaling)
     network = make_network(config, "narrow", 0)

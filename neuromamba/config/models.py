@@ -81,8 +81,11 @@ class Lmae(RoiModel):
     `mask_seconds` is how long a mask in time is, `mask_share` how much of the series the masks
     cover, `mask_rois` the share of regions that are masked for a whole window besides. The graph
     keeps the `neighbors` strongest correlations of each region, with `signed` those that are
-    negative as a graph of their own; walks on it take up to `walk_steps` steps. Without `experts`
-    there is no mixture.
+    negative as a graph of their own; walks on it take up to `walk_steps` steps. Each ROI and time
+    uses `top_k` of the `experts` (all of them without it); without experts there is neither mixture
+    nor walk. The embedding holds what walks reach in `maps` weighted sums over the regions, learnt in
+    fine-tuning. `expand` is the inner width of the predictor's layers over `width`, `head_dim` the
+    channels of one of their heads.
     """
 
     family: Literal["lmae"]
@@ -96,11 +99,30 @@ class Lmae(RoiModel):
     experts: Annotated[int, Field(ge=0)] = 4
     top_k: PositiveInt | None = None
     balance: Annotated[float, Field(ge=0)] = 0.01
+    maps: PositiveInt = 16
     predictor: Literal["ssm", "mean", "gru", "attention"] = "ssm"
     predictor_depth: PositiveInt = 1
     state: PositiveInt = 16
     head_dim: PositiveInt = 32
     expand: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> Lmae:
+        factor = {"ssm": self.expand, "attention": 1}.get(self.predictor)
+        if factor is not None and factor * self.width % self.head_dim:
+            raise ValueError(
+                f"with predictor {self.predictor}, {factor} * width ({self.width}) must be a "
+                f"multiple of head_dim ({self.head_dim})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_more_experts_than_there_are(self) -> Lmae:
+        if self.top_k is not None and self.top_k > self.experts:
+            raise ValueError(
+                f"top_k ({self.top_k}) is more than there are experts ({self.experts})"
+            )
+        return self
 
 
 class RoiTransformer(RoiModel):

@@ -52,10 +52,12 @@ class Adapters(Section):
 class Finetune(Optimiser):
     """Supervised training: of the whole model, of adapters in it, of a head, or a linear probe.
 
-    A probe has a convex fit: of the optimiser's settings only `batch_size` counts.
+    A probe has a convex fit: of the optimiser's settings only `batch_size` counts. A `fresh` start
+    is from random weights, to be compared with one from the pretraining.
     """
 
     steps: PositiveInt = 1000
+    start: Literal["pretrained", "fresh"] = "pretrained"
     mode: Literal["full", "adapters", "head", "probe"] = "full"
     adapters: Adapters = Adapters()
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -2,7 +2,7 @@
 
 A family is one file with one class, a `torch.nn.Module` that has
 
-- ``needs``: names of the tensors that its batches carry;
+- ``needs``: names of what its batches carry, those of its section of the config;
 - ``width``: the width of its embedding;
 - ``loss(batch)``: a dict of scalar tensors, ``"loss"`` among them, each a mean over the samples of
   the batch in which every sample counts the same;
@@ -17,32 +17,41 @@ and, if it likes,
 - ``flops(batch)``: floating-point operations of the forward pass of ``loss``;
 - ``encode(batch)``: hidden states (N, T, width) of ``tokens``;
 - ``roll_out(batch, known)``: a forecast (N, T - known, V) of ``tokens`` from their first `known`
-  time patches, of windows of one run.
+  time patches, of windows of one run;
+- ``experts(batch)``: weights (B, T, R, experts) of its experts at each time and region.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from neuromamba.config.schema import Compute, Model
-from neuromamba.config.schema import NeuroMamba as NeuroMambaSettings
+from neuromamba.config import Compute, Model
+from neuromamba.config import Lmae as LmaeSettings
+from neuromamba.config import NeuroMamba as NeuroMambaSettings
+from neuromamba.config import RoiTransformer as RoiTransformerSettings
+from neuromamba.models.lmae import Lmae
 from neuromamba.models.neuromamba import NeuroMamba
+from neuromamba.models.roi_transformer import RoiTransformer
 from neuromamba.models.skill import skills
 
-__all__ = ["NeuroMamba", "build_model", "skills"]
+__all__ = ["Lmae", "NeuroMamba", "RoiTransformer", "build_model", "skills"]
 
 
-def build_model(model: Model, patch_values: int, compute: Compute | None = None) -> nn.Module:
+def build_model(
+    model: Model, patch_values: int, compute: Compute | None = None, n_rois: int = 0
+) -> nn.Module:
     """Build a model with fresh weights, drawn from torch's global generator: seed it before.
 
     Parameters
     ----------
-    model : neuromamba.config.schema.Model
+    model : neuromamba.config.Model
         The model's section of the config.
     patch_values : int
-        Values of one patch: ``patch**3 * time_patch``.
-    compute : neuromamba.config.schema.Compute, optional
+        Values of one patch of a scan, ``patch**3 * time_patch``, for families that read tokens.
+    compute : neuromamba.config.Compute, optional
         Which kernels to use; no result depends on it but by rounding.
+    n_rois : int
+        Regions of the atlas, for families that read ROI series.
 
     Returns
     -------
@@ -52,3 +61,7 @@ def build_model(model: Model, patch_values: int, compute: Compute | None = None)
     match model:
         case NeuroMambaSettings():
             return NeuroMamba(model, patch_values, compute or Compute())
+        case LmaeSettings():
+            return Lmae(model, n_rois, compute or Compute())
+        case RoiTransformerSettings():
+            return RoiTransformer(model, n_rois, compute or Compute())
