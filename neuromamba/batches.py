@@ -280,13 +280,11 @@ class Windows:
 
 
 def list_runs(config: Config, dataset: str, subjects: Iterable[str]) -> pd.DataFrame:
-    """The runs of `subjects` that have tokens and are good enough: rows of the manifests.
-
-    A column `subject` is added.
-    """
+    """Rows of the manifests of tokens (or ROI series, if alone): good runs, with `subject`."""
     layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype=str)[["run", "subject"]]
-    manifests = [layout.manifest("tokens", batch) for batch in range(config.compute.batches)]
+    stage = "tokens" if "tokens" in config.datasets[dataset].arrays else "rois"
+    manifests = [layout.manifest(stage, batch) for batch in range(config.compute.batches)]
     table = pd.concat([read_table(path, dtype=str) for path in manifests])
     # A key tells what a store was made from; its bytes also tell where its source lay.
     table = table.drop(columns=list(CONTENT_COLUMNS), errors="ignore")
