@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuromamba.bids_folders import func_folders, readable, root_of
 from neuromamba.config import Dataset, FilePatterns
 from neuromamba.files import InputError
 
@@ -21,7 +22,7 @@ MASK = "_desc-brain_mask.nii.gz"
 CONFOUNDS = ("_desc-confounds_timeseries.tsv", "_desc-confounds_regressors.tsv")
 """The second is what fMRIPrep wrote before version 20.2."""
 ORDER = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")
-NOT_OF_A_RUN = {"space", "cohort", "res", "den", "desc"}
+NOT_OF_A_RUN = {"space", "cohort", "res", "den", "desc", "seg", "atlas", "scale", "stat"}
 """Entities that tell versions of one run apart, not runs."""
 LONG_NAMES = {
     "subject": "sub",
@@ -41,9 +42,9 @@ SLASH = re.compile(r"/(?![^{}]*\})")
 
 @dataclass(frozen=True)
 class FoundRun:
-    """One BOLD file and what belongs to it.
+    """One BOLD file, or a table of its ROI series, and what belongs to it.
 
-    `mask` is the path where the mask must be, whether or not it is there.
+    `mask` is the path where the mask must be, whether or not it is there; empty for a table.
     """
 
     entities: dict[str, str]
@@ -81,19 +82,10 @@ def find_runs(dataset: Dataset) -> list[FoundRun]:
     InputError
         When the folder does not exist or holds no such run; the message lists what it does hold.
     """
-    root = dataset.derivatives.rstrip("/") or "/"
-    if not Path(root).is_dir():
-        raise InputError(
-            f"{root} is not a folder; set derivatives in the dataset YAML to the folder that "
-            "holds sub-*"
-        )
-    try:
+    root = root_of(dataset)
+    with readable():
         scan = _scan_patterns(root, dataset.files) if dataset.files else _scan_bids(root)
         every = list(scan)
-    except PermissionError as error:
-        raise InputError(
-            f"{error.filename} cannot be listed; ask for permission to read it"
-        ) from None
     runs = [
         run
         for run in every
@@ -142,39 +134,24 @@ def _nothing(root: str, dataset: Dataset, every: list[FoundRun]) -> str:
 
 
 def _scan_bids(root: str) -> Iterator[FoundRun]:
-    for subject in _folders(root, "sub-"):
-        yield from _scan_func(f"{root}/{subject}/func", entities_of(subject))
-        for session in _folders(f"{root}/{subject}", "ses-"):
-            yield from _scan_func(
-                f"{root}/{subject}/{session}/func", entities_of(f"{subject}_{session}")
-            )
+    for folder, names, stem in func_folders(root):
+        for name in names:
+            if name.endswith(BOLD):
+                yield _bids_run(folder, name, names, entities_of(stem))
 
 
-def _folders(folder: str, prefix: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [e.name for e in entries if e.name.startswith(prefix) and e.is_dir()]
-
-
-def _scan_func(folder: str, of_folder: dict[str, str]) -> Iterator[FoundRun]:
-    try:
-        with os.scandir(folder) as entries:
-            names = {entry.name for entry in entries}
-    except FileNotFoundError:
-        return
-    for name in names:
-        if not name.endswith(BOLD):
-            continue
-        stem = name.removesuffix(BOLD)
-        mask, sidecar = stem + MASK, name.removesuffix(".nii.gz") + ".json"
-        confounds = _confounds_name(stem, names)
-        yield FoundRun(
-            entities={**of_folder, **entities_of(stem)},
-            bold=f"{folder}/{name}",
-            mask=f"{folder}/{mask}",
-            has_mask=mask in names,
-            confounds=f"{folder}/{confounds}" if confounds else None,
-            sidecar=f"{folder}/{sidecar}" if sidecar in names else None,
-        )
+def _bids_run(folder: str, name: str, names: set[str], of_folder: dict[str, str]) -> FoundRun:
+    stem = name.removesuffix(BOLD)
+    mask, sidecar = stem + MASK, name.removesuffix(".nii.gz") + ".json"
+    confounds = confounds_name(stem, names)
+    return FoundRun(
+        entities={**of_folder, **entities_of(stem)},
+        bold=f"{folder}/{name}",
+        mask=f"{folder}/{mask}",
+        has_mask=mask in names,
+        confounds=f"{folder}/{confounds}" if confounds else None,
+        sidecar=f"{folder}/{sidecar}" if sidecar in names else None,
+    )
 
 
 def subject_name(label: str) -> str:
@@ -189,12 +166,12 @@ def entities_of(stem: str) -> dict[str, str]:
     }
 
 
-def _confounds_name(stem: str, names: set[str]) -> str | None:
-    """The run's confounds table; one table serves all echoes of a run."""
+def confounds_name(stem: str, names: set[str], suffixes: Sequence[str] = CONFOUNDS) -> str | None:
+    """The run's confounds table among `names`; one table serves all echoes of a run."""
     parts = [part for part in stem.split("_") if part.split("-")[0] not in NOT_OF_A_RUN]
     without_echo = [part for part in parts if not part.startswith("echo-")]
     for kept in (parts, without_echo):
-        for suffix in CONFOUNDS:
+        for suffix in suffixes:
             name = "_".join(kept) + suffix
             if name in names:
                 return name

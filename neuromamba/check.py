@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from neuromamba.bids import index_runs
-from neuromamba.bids_scan import find_runs
 from neuromamba.check_effort import Effort, estimate_effort
 from neuromamba.check_effort import as_table as effort_table
 from neuromamba.check_engine import check_engine
@@ -28,7 +27,7 @@ from neuromamba.config import Config, Dataset
 from neuromamba.files import InputError
 from neuromamba.findings import CheckedRun, Finding, explain, group_findings, plural
 from neuromamba.headers import glimpse
-from neuromamba.listing import READERS
+from neuromamba.listing import READERS, find_files
 
 FORMATS = ("table", "tsv", "json")
 STATUSES = ("used", "left out", "not selected")
@@ -109,11 +108,17 @@ def check_dataset(config: Config, name: str) -> Check:
     labels = Labels(
         [*labels.findings, *of_states], pd.concat([labels.counts, counts], ignore_index=True)
     )
-    effort = estimate_effort(config, used, raw)
+    effort = estimate_effort(config, used, raw) if dataset.series is None else Effort()
     findings += [*labels.findings, *effort.findings]
     findings += [finding for run in runs for finding in run.findings]
+    return Check(name, folder, _how(config, dataset, raw), runs, findings, labels, effort)
+
+
+def _how(config: Config, dataset: Dataset, raw: bool) -> str:
+    if dataset.series is not None:
+        return f"ROI series, {dataset.series.segmentation or 'the only segmentation'}"
     how = f"raw BIDS, engine {config.preprocess.engine}" if raw else "derivatives"
-    return Check(name, folder, f"{how}, {dataset.space}", runs, findings, labels, effort)
+    return f"{how}, {dataset.space}"
 
 
 def _has_to_be_preprocessed(config: Config, dataset: Dataset) -> bool:
@@ -135,8 +140,10 @@ def _check_derivatives(config: Config, dataset: Dataset) -> tuple[list[CheckedRu
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     with ThreadPoolExecutor(READERS) as pool:
         runs = list(pool.map(lambda row: _judge(row, config), rows))
-    everything = dataset.model_copy(update={"entities": {}, "exclude": []})
-    every = {run.name: run.entities["sub"] for run in find_runs(everything)}
+    # Another segmentation of the same runs is no run that was not selected.
+    kept = {key: dataset.entities[key] for key in ("seg", "atlas") if key in dataset.entities}
+    everything = dataset.model_copy(update={"entities": kept, "exclude": []})
+    every = {run.name: run.entities["sub"] for run in find_files(everything)}
     selected = {run.run for run in runs}
     reason = "not selected by entities or exclude of the dataset YAML"
     runs += [
@@ -158,7 +165,8 @@ def _judge(row: dict[str, Any], config: Config) -> CheckedRun:
             reason = f"{message}, and volumes.denoise.strategy needs it"
         else:
             findings.append(Finding("note", row["run"], message))
-    if reason is None and not glimpse(row["bold"]).complete:
+    is_image = row["mask"] is not None
+    if reason is None and is_image and not glimpse(row["bold"]).complete:
         message = f"{row['bold']} may be truncated: its length does not fit its header"
         findings.append(Finding("warning", row["run"], f"{message}; try gzip -t"))
     if reason is not None:

@@ -179,12 +179,10 @@ def _add_explain(stage: argparse.ArgumentParser) -> None:
 
 def _add_verify(stage: argparse.ArgumentParser) -> None:
     every = ["volumes", "tokens", "rois"]
-    text = "whose arrays (default: all three)"
-    stage.add_argument(
-        "--stage", nargs="+", choices=every, default=every, dest="of_stages", help=text
-    )
+    text = "whose arrays (default: all that the dataset has)"
+    stage.add_argument("--stage", nargs="+", choices=every, dest="of_stages", help=text)
     stage.add_argument("--jobs", type=int, default=1, metavar="N", help="threads (default: 1)")
-    text = "check also the BOLD files and masks that the volumes were made from"
+    text = "check also the files that the arrays were made from"
     stage.add_argument("--sources", action="store_true", help=text)
     text = "compare sizes and keys only; damage inside of a file is not seen"
     stage.add_argument("--quick", action="store_true", help=text)

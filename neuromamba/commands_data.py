@@ -74,9 +74,18 @@ def _index(options: argparse.Namespace) -> None:
 def _each_batch(options: argparse.Namespace, run: Callable[[Config, str, int], None]) -> None:
     config = read_config(options)
     dataset = choose_dataset(options, config)
+    _refuse_without_images(config, dataset, options.stage)
     for batch in choose_batches(options, config):
         with recorded(config, Job(options.stage, dataset, batch=batch)):
             run(config, dataset, batch)
+
+
+def _refuse_without_images(config: Config, dataset: str, stage: str) -> None:
+    if stage != "rois" and config.datasets[dataset].series is not None:
+        raise InputError(
+            f"--dataset: {dataset} has ROI series (`series` in its YAML file) and no images, so "
+            f"there is nothing to do for {stage}; its stages are index, rois, excluded and splits"
+        )
 
 
 def _volumes(options: argparse.Namespace) -> None:
@@ -92,9 +101,13 @@ def _tokens(options: argparse.Namespace) -> None:
 
 
 def _rois(options: argparse.Namespace) -> None:
-    from neuromamba.rois import run_rois
+    config = read_config(options)
+    if config.datasets[choose_dataset(options, config)].series is not None:
+        from neuromamba.series_rois import run_series as run
+    else:
+        from neuromamba.rois import run_rois as run
 
-    _each_batch(options, run_rois)
+    _each_batch(options, run)
 
 
 def _anat(options: argparse.Namespace) -> None:
@@ -114,6 +127,7 @@ def _overview(options: argparse.Namespace) -> None:
 
     config = read_config(options)
     dataset = choose_dataset(options, config)
+    _refuse_without_images(config, dataset, options.stage)
     with recorded(config, Job("overview", dataset)):
         run_overview(config, dataset)
 

@@ -8,7 +8,9 @@ that does not beat them may have learnt who moved, or which scanner was used.
   target is told by, and the confound of the target's name, are never among them. Another column
   that says the same is: leave it out of `evaluate.confounds`.
 - `mean_fd` (framewise displacement by the confounds of the preprocessing, mm), `tsnr` and
-  `n_voxels` (brain voxels) are means over a subject's runs, `n_volumes` is their sum.
+  `n_voxels` (brain voxels) are means over a subject's runs, `n_volumes` is their sum. Where no run
+  has its motion, `mean_fd` is the column of the table of subjects that is called so. ROI series
+  tell neither `tsnr` nor `n_voxels`.
 - Of states, all that counts is head motion during the state: `mean_fd` and `std_dvars`.
 - A column in which the training subjects do not differ is left out. Missing numbers become the
   training median; a missing site or sex is a category of its own, and one that training lacks is
@@ -41,6 +43,8 @@ from neuromamba.tables import read_table
 CATEGORIES = ("sex", "site")
 ALSO_CALLED = {"gender": "sex"}
 UNKNOWN = "unknown"
+MEASURED = {"volumes": ("n_volumes", "n_voxels"), "rois": ("n_volumes", "tsnr")}
+"""What the manifests of the stages tell of a run; the first that tells it counts."""
 
 
 def confounds_of(config: Config, dataset: str, target: str, runs: pd.DataFrame) -> pd.DataFrame:
@@ -59,7 +63,13 @@ def confounds_of(config: Config, dataset: str, target: str, runs: pd.DataFrame) 
         Indexed by subject: text in `sex` and `site`, float64 in the others, in the config's order.
     """
     measured = _of_runs(config, dataset, runs)
-    known = measured.join(_of_people(config, dataset, target), how="left")
+    people = _of_people(config, dataset, target)
+    if "mean_fd" in measured and measured["mean_fd"].isna().all():
+        measured = measured.drop(columns="mean_fd")
+    # One source for all, as programs differ in how they measure displacement.
+    if "mean_fd" in measured:
+        people = people.drop(columns="mean_fd", errors="ignore")
+    known = measured.join(people, how="left")
     return known[[name for name in config.evaluate.confounds if name in known]]
 
 
@@ -69,7 +79,7 @@ def _of_people(config: Config, dataset: str, target: str) -> pd.DataFrame:
         return pd.DataFrame()
     table = read_rows(settings.participants)
     columns = {}
-    for name in ("age", *CATEGORIES):
+    for name in ("age", "mean_fd", *CATEGORIES):
         column = _column_of(name, settings, list(map(str, table)))
         if column in table and not says_target(settings, target, name, column):
             cells = table[column].str.strip()
@@ -105,11 +115,13 @@ def _of_runs(config: Config, dataset: str, runs: pd.DataFrame) -> pd.DataFrame:
     if "mean_fd" in config.evaluate.confounds:
         fd = [_mean_fd(files.get(run), lengths[run]) for run in table.index]
         table = table.assign(mean_fd=fd)
-    for stage, names in (("volumes", ("n_volumes", "n_voxels")), ("rois", ("tsnr",))):
+    for stage, names in MEASURED.items():
+        if stage not in config.datasets[dataset].arrays:
+            continue
         parts = [read_manifest(layout, stage, k) for k in range(config.compute.batches)]
         made = pd.concat(parts, ignore_index=True).set_index("run")
         for name in names:
-            if name in made:
+            if name in made and name not in table:
                 table[name] = pd.to_numeric(made[name], errors="coerce").reindex(table.index)
     grouped = table.groupby("subject")
     found = grouped.mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -15,11 +15,18 @@ from neuromamba.tables import read_table, write_table
 
 
 def list_excluded(
-    index: pd.DataFrame, layout: Layout, batches: int, bad: Mapping[str, str] | None = None
+    index: pd.DataFrame,
+    layout: Layout,
+    batches: int,
+    bad: Mapping[str, str] | None = None,
+    stages: Sequence[str] = BATCHED,
 ) -> pd.DataFrame:
-    """Every run that some stage left out, or whose quality is `bad`: `run`, `stage`, `reason`."""
+    """Every run that one of `stages` left out, or whose quality is `bad`: `run`, `stage`, `reason`.
+
+    `index` is the first that may leave out a run.
+    """
     tables = [index.assign(stage="index")]
-    for stage in BATCHED:
+    for stage in stages:
         tables += [read_manifest(layout, stage, k).assign(stage=stage) for k in range(batches)]
     quality = pd.DataFrame((bad or {}).items(), columns=["run", "reason"])
     tables.append(quality.assign(stage="qc"))
@@ -37,7 +44,8 @@ def run_excluded(config: Config, dataset: str) -> None:
     """
     layout, batches = Layout.of(config, dataset), config.compute.batches
     index = read_table(layout.index, dtype={"run": str, "subject": str, "reason": str})
-    excluded = list_excluded(index, layout, batches, left_out(config, dataset))
+    bad, stages = left_out(config, dataset), config.datasets[dataset].arrays
+    excluded = list_excluded(index, layout, batches, bad, stages)
     write_table(layout.excluded, excluded)
     first = excluded.drop_duplicates("run").set_index("run")["reason"]
     union = pd.DataFrame({"run": index["run"], "reason": index["run"].map(first)})

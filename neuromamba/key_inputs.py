@@ -65,6 +65,9 @@ class Inputs(ABC):
                 folder = self.config.datasets[job.dataset].derivatives
                 found = self._digest(job, "T1w images", folder, lambda: self._anatomicals(job))
                 return [self._rows(job.dataset, job.batch), found]
+            case "rois" if self.config.datasets[job.dataset].series is not None:
+                # Which regions the tables must have is told by all of them.
+                return self._rows(job.dataset)
             case "rois":
                 return [self._rows(job.dataset, job.batch), self._atlas(job)]
             case "splits":
@@ -127,7 +130,9 @@ class Inputs(ABC):
         return digest_json([[one.subject, one.fingerprint] for one in mine])
 
     def _atlas(self, job: Job) -> str | None:
-        atlas = self.config.datasets[job.dataset].atlas
+        settings = self.config.datasets[job.dataset]
+        # Series have their regions already; an atlas only shows where these are.
+        atlas = settings.atlas if settings.series is None else None
         if atlas is not None and is_named(atlas):
             return self._outside.setdefault(job, {}).setdefault("atlas", atlas_digest(atlas))
         return self._digest(job, "atlas", atlas, lambda: atlas_digest(str(atlas)))

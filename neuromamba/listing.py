@@ -18,6 +18,7 @@ import pandas as pd
 from neuromamba.bids_scan import FoundRun, find_runs, subject_name
 from neuromamba.config import Dataset
 from neuromamba.files import InputError, digest_json
+from neuromamba.series_scan import find_series
 
 LISTING_COLUMNS = ["run", "subject", "fingerprint"]
 READERS = 8
@@ -49,16 +50,22 @@ def list_runs_of(dataset: Dataset) -> pd.DataFrame:
 
 def group_runs(dataset: Dataset) -> list[list[FoundRun]]:
     """The selected files by run, in the order of their names; a run should have one."""
-    runs = _without_excluded(find_runs(dataset), dataset)
+    runs = _without_excluded(find_files(dataset), dataset)
     return [list(group) for _, group in groupby(runs, key=lambda run: run.name)]
+
+
+def find_files(dataset: Dataset) -> list[FoundRun]:
+    """The images or tables that the dataset's settings select, also those of `exclude`."""
+    return find_runs(dataset) if dataset.series is None else find_series(dataset)
 
 
 def fingerprint(group: Sequence[FoundRun]) -> str:
     """16 hexadecimal digits that change with the names or the content of a run's files.
 
     Content is told by size and `SAMPLE` bytes in two places: for gzip files that is certain to
-    the strength of their checksum; other images may be changed in between without a trace. Where
-    the files lie and when they were written does not count.
+    the strength of their checksum; other files may be changed in between without a trace. Of a
+    table of series the first bytes, which name its regions, count too. Where the files lie and when
+    they were written does not count.
     """
     files = [
         path for run in group for path in (run.bold, run.mask, run.sidecar, run.confounds) if path
@@ -66,18 +73,23 @@ def fingerprint(group: Sequence[FoundRun]) -> str:
     # What the columns of the confounds are stands in a file beside them, where there is one.
     beside = [Path(run.confounds).with_suffix(".json") for run in group if run.confounds]
     files += [str(path) for path in beside if path.exists()]
-    return digest_json([[Path(path).name, *sample_file(path)] for path in files])[:16]
+    tables = {run.bold for run in group if not run.mask}
+    found = [[Path(path).name, *sample_file(path, path in tables)] for path in files]
+    return digest_json(found)[:16]
 
 
-def sample_file(path: str) -> tuple[int, str]:
-    """Size of a file and a digest of its samples; -1 and nothing if it cannot be read."""
+def sample_file(path: str, first: bool = False) -> tuple[int, str]:
+    """Size of a file and a digest of its samples; -1 and nothing if it cannot be read.
+
+    With `first` there is a sample at the beginning too.
+    """
     # Not a CRC, which is the same for all content that stands beside its own CRC.
     digest = hashlib.sha256()
     try:
         with Path(path).open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             middle = [] if path.endswith(".gz") else [size // 2]
-            for start in (*middle, max(0, size - SAMPLE)):
+            for start in (*([0] if first else []), *middle, max(0, size - SAMPLE)):
                 stream.seek(start)
                 digest.update(stream.read(SAMPLE))
     except OSError:

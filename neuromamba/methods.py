@@ -128,7 +128,7 @@ def _data(settings: Dataset, data: Data) -> str:
 def _preprocessing(config: Config, facts: Facts) -> list[str]:
     sentences = []
     for data in facts.data:
-        sentences.append(_preprocessed(data))
+        sentences += [_preprocessed(data), _given(config.datasets[data.name], data)]
         if data.name in facts.attributes:
             known = facts.attributes[data.name]
             sentences += [_resampled(config, data, known), _denoised(data, known)]
@@ -147,6 +147,15 @@ def _preprocessed(data: Data) -> str:
             cite = " [@esteban2019fmriprep]" if "fmriprep" in program.lower() else ""
             parts.append(f"{program}{cite} ({subjects})")
     return f"Scans of {data.name} were preprocessed by {'; '.join(parts)}."
+
+
+def _given(settings: Dataset, data: Data) -> str:
+    """What is known of series that were not averaged here."""
+    if settings.series is None:
+        return ""
+    name = settings.series.segmentation
+    regions = "regions" if name is None else f"the regions of {name}"
+    return f"Of {data.name} the series of {regions} were used as they were given."
 
 
 def _resampled(config: Config, data: Data, known: dict[str, Any]) -> str:

@@ -26,19 +26,18 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 import xarray
-import zarr
 
 import neuromamba
 from neuromamba.atlases import compare_spaces, is_named, open_atlas
 from neuromamba.config import Config, Rois
-from neuromamba.connectivity import ESTIMATORS, VARIABLES, connectivity, fisher_z
 from neuromamba.contents import Contents
 from neuromamba.files import InputError, digest_json
 from neuromamba.layout import Layout
 from neuromamba.parcellation import Parcellation, count_voxels, make_cubes, resample_labels
+from neuromamba.roi_store import tabulate, write_rois
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import READ_VOLUMES, finish, finished, new_store
+from neuromamba.store import READ_VOLUMES, finished
 
 MANIFEST_FACTS = ("key", "n_rois", "n_missing", "tsnr")
 
@@ -158,8 +157,8 @@ def make_rois(
                 "neuromamba_version": neuromamba.__version__,
                 "key": key,
             }
-            data = _tabulate(series, coverage, volumes["time"].values, parcellation.labels, rois)
-            _write(target, data, attributes)
+            data = tabulate(series, coverage, volumes["time"].values, parcellation.labels, rois)
+            write_rois(target, data, attributes)
     return {name: attributes[name] for name in MANIFEST_FACTS}
 
 
@@ -177,37 +176,6 @@ def _tsnr(volumes: xarray.Dataset) -> float:
     mask = volumes["mask"].values.astype(bool)
     mean, sd = volumes["mean"].values[mask], volumes["sd"].values[mask]
     return float(np.median(mean[sd > 0] / sd[sd > 0]))
-
-
-def _tabulate(
-    series: npt.NDArray[np.float32],
-    coverage: npt.NDArray[np.float32],
-    time: npt.NDArray[np.floating],
-    labels: list[str],
-    rois: Rois,
-) -> xarray.Dataset:
-    """Series, coverage and connectivity of one run by name of ROI."""
-    # `object` becomes Zarr's text of any length; numpy's fixed length has no specification.
-    names = np.array(labels, dtype=object)
-    share = "share of the ROI's voxels in the brain mask"
-    variables: dict[str, Any] = {
-        "timeseries": (("time", "roi"), series, {"long_name": "mean signal of the ROI"}),
-        "coverage": ("roi", coverage, {"long_name": share}),
-    }
-    for kind in rois.connectivity:
-        values = connectivity(series, kind)
-        about = {"long_name": ESTIMATORS[kind], "fisher_z": rois.fisher_z}
-        stored = fisher_z(values).astype(np.float32) if rois.fisher_z else values
-        variables[VARIABLES[kind]] = (("roi", "roi_2"), stored, about)
-    coords = {"time": ("time", time, {"units": "s"}), "roi": names, "roi_2": names}
-    return xarray.Dataset(variables, coords)
-
-
-def _write(target: Path, rois: xarray.Dataset, attributes: dict[str, Any]) -> None:
-    whole = {str(name): {"chunks": rois[name].shape} for name in rois.data_vars}
-    with new_store(target, attributes["key"]) as temporary:
-        rois.to_zarr(temporary, zarr_format=3, consolidated=False, encoding=whole)
-        finish(zarr.open_group(temporary), attributes)
 
 
 def run_rois(config: Config, dataset: str, batch: int) -> None:

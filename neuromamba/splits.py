@@ -19,7 +19,7 @@ Design choices
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from neuromamba.participants import read_participants
 from neuromamba.qc_rules import left_out
 from neuromamba.stage import read_manifest
 from neuromamba.stage_settings import stratified_by
+from neuromamba.stages import TESTED, tested_arrays
 from neuromamba.tables import read_table, write_table
 
 PARTS = ("train", "validation", "test")
@@ -218,11 +219,15 @@ def _every_kth(ordered: pd.Index, n: int, start: float) -> pd.Index:
 
 
 def usable_subjects(
-    index: pd.DataFrame, layout: Layout, batches: int, bad: Iterable[str] = ()
+    index: pd.DataFrame,
+    layout: Layout,
+    batches: int,
+    bad: Iterable[str] = (),
+    arrays: Sequence[str] = TESTED,
 ) -> list[str]:
-    """Subjects with a run whose tokens and ROI series both exist, and that is not `bad`."""
+    """Subjects with a run that has all of `arrays`, and that is not `bad`."""
     usable = set(index.loc[index["reason"].isna(), "run"]) - set(bad)
-    for stage in ("tokens", "rois"):
+    for stage in arrays:
         made = [read_manifest(layout, stage, batch) for batch in range(batches)]
         usable &= {run for table in made for run in table.loc[table["reason"].isna(), "run"]}
     return sorted(set(index.loc[index["run"].isin(usable), "subject"]))
@@ -241,8 +246,9 @@ def run_splits(config: Config, dataset: str) -> None:
     layout = Layout.of(config, dataset)
     settings = config.datasets[dataset]
     index = read_table(layout.index, dtype={"run": str, "subject": str, "reason": str})
+    arrays = tested_arrays(settings)
     bad = left_out(config, dataset)
-    subjects = usable_subjects(index, layout, config.compute.batches, bad)
+    subjects = usable_subjects(index, layout, config.compute.batches, bad, arrays)
     how = (subjects, read_participants(settings), settings, config.splits)
     if config.splits.protocol == "holdout":
         write_table(layout.split, split_subjects(*how))

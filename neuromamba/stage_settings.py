@@ -20,7 +20,7 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
             return {"space": dataset.space, **_settings_of_engine(config)}
         case "index":
             assert dataset is not None
-            keys = {"space", "repetition_time"}
+            keys = {"space" if dataset.series is None else "series", "repetition_time"}
             return {"dataset": dataset.model_dump(mode="json", include=keys)}
         case "volumes":
             assert dataset is not None
@@ -37,6 +37,9 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
             return {"rules": rules} if rules else {}
         case "overview":
             return {"outlier": config.qc.outlier}
+        case "rois" if dataset is not None and dataset.series is not None:
+            own = config.rois.model_dump(mode="json", include={"connectivity", "fisher_z"})
+            return {"rois": own, "volumes": {"min_volumes": config.volumes.min_volumes}}
         case "tokens" | "rois":
             return {job.stage: getattr(config, job.stage).model_dump(mode="json")}
         case "splits":

@@ -6,17 +6,20 @@ one table.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from neuromamba.config import Config, Model
+from neuromamba.config import Config, Dataset, Model
 from neuromamba.layout import Layout
 from neuromamba.qc_rules import has_rules
 from neuromamba.raw_listing import raw_subjects
 
 BATCHED = ("volumes", "tokens", "rois")
 """Stages that make an array of each run."""
+TESTED = ("tokens", "rois")
+"""Those of which a subject needs what its dataset has, to be trained on and tested."""
 BY_BATCH = (*BATCHED, "anat", "qc")
 STAGES = (
     "preprocess",
@@ -80,7 +83,7 @@ def all_jobs(config: Config) -> list[Job]:
             found[job] = None
 
     for name in config.datasets:
-        visit(Job("overview", name))
+        visit(_overview(config, name))
     visit(Job("report"))
     return list(found)
 
@@ -96,28 +99,30 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [Job("preprocess", job.dataset, subject=name) for name in names]
         case "volumes" | "anat":
             return [Job("index", job.dataset)]
+        case "rois" if "volumes" not in config.datasets[job.dataset].arrays:
+            return [Job("index", job.dataset)]
         case "tokens" | "rois":
             return [replace(job, stage="volumes")]
         case "qc":
             return [replace(job, stage="tokens")]
         case "splits":
-            made = [*_batches(config, members, "tokens"), *_batches(config, members, "rois")]
-            return [Job("excluded", job.dataset), *made]
+            return [Job("excluded", job.dataset), *_arrays(config, members, TESTED)]
         case "excluded":
-            made = [one for stage in BATCHED for one in _batches(config, members, stage)]
-            return made + _checked(config, members)
+            return _arrays(config, members, BATCHED) + _checked(config, members)
         case "overview":
             return [Job("excluded", job.dataset), *_batches(config, members, "qc")]
         case "pretrain" | "cell":
             splits = [Job("splits", name) for name in members]
-            return [*splits, *_made_for(config, job, members), *_checked(config, members)]
+            made = _arrays(config, members, model_of(config, job).needs)
+            return [*splits, *made, *_checked(config, members)]
         case "finetune":
             fresh = model_of(config, job).finetune.start == "fresh"
-            first = _made_for(config, job, members) if fresh else [_pretrain(config, job)]
+            made = _arrays(config, members, model_of(config, job).needs)
+            first = made if fresh else [_pretrain(config, job)]
             return [Job("splits", job.dataset), *first, *_checked(config, members)]
         case "baselines":
             # Whoever has no tokens is not tested either.
-            made = [*_batches(config, members, "tokens"), *_batches(config, members, "rois")]
+            made = _arrays(config, members, TESTED)
             return [Job("splits", job.dataset), *made, *_checked(config, members)]
         case "evaluate" if is_pooled(config, job):
             folds = [replace(job, fold=name) for name in config.splits.names]
@@ -139,13 +144,14 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [Job("excluded", job.dataset), *trained, *evaluated]
         case "forecast" | "identify":
             first = [Job("splits", job.dataset), _pretrain(config, job)]
-            needs = {*model_of(config, job).needs, *(["rois"] if job.stage == "identify" else [])}
-            made = [one for need in sorted(needs) for one in _batches(config, members, need)]
+            besides = {"rois"} if job.stage == "identify" else set()
+            wanted = {*model_of(config, job).needs, *besides}
+            made = _arrays(config, members, [one for one in BATCHED if one in wanted])
             return [*first, *made, *_checked(config, members)]
         case "scaling":
             return _cells(config, job.dataset)
         case "report":
-            return [*_scored(config), *(Job("overview", name) for name in config.datasets)]
+            return [*_scored(config), *(_overview(config, name) for name in config.datasets)]
     raise ValueError(f"{job.stage!r} is no stage")
 
 
@@ -162,6 +168,14 @@ def extra_jobs(config: Config) -> list[Job]:
     return jobs + [Job("scaling", name) for name in (*config.datasets, *config.mixtures)]
 
 
+def tested_arrays(dataset: Dataset) -> list[str]:
+    """The arrays that a run must have for its subject to be trained on and tested.
+
+    Volumes are not among them, for where there are tokens there are volumes.
+    """
+    return [stage for stage in TESTED if stage in dataset.arrays]
+
+
 def is_pooled(config: Config, job: Job) -> bool:
     """Whether an evaluation puts those of all folds together."""
     return job.stage == "evaluate" and config.splits.protocol != "holdout" and not job.fold
@@ -172,10 +186,21 @@ def _batches(config: Config, datasets: list[str], stage: str) -> list[Job]:
     return [Job(stage, name, batch=number) for name in datasets for number in numbers]
 
 
-def _made_for(config: Config, job: Job, datasets: list[str]) -> list[Job]:
-    """The jobs that make what a job's model reads."""
-    needs = model_of(config, job).needs
-    return [one for need in needs for one in _batches(config, datasets, need)]
+def _arrays(config: Config, datasets: list[str], stages: Iterable[str]) -> list[Job]:
+    """The jobs of those of `stages` that make an array of a dataset's runs."""
+    return [
+        job
+        for stage in stages
+        for name in datasets
+        if stage in config.datasets[name].arrays
+        for job in _batches(config, [name], stage)
+    ]
+
+
+def _overview(config: Config, dataset: str) -> Job:
+    """What tells of all runs of a dataset; quality is that of images."""
+    has_images = config.datasets[dataset].series is None
+    return Job("overview" if has_images else "excluded", dataset)
 
 
 def _checked(config: Config, datasets: list[str]) -> list[Job]:
@@ -255,6 +280,8 @@ def modules_of(config: Config, job: Job) -> tuple[str, ...]:
         # What fMRIPrep made stays, however our code that calls it changes.
         return ("ants_engine",) if config.preprocess.engine == "ants" else ()
     first = _MODULES.get(job.stage, job.stage)
+    if job.stage == "rois" and config.datasets[job.dataset].series is not None:
+        first = "series_rois"
     if is_pooled(config, job):
         return ("pool",)
     if not job.model or job.stage == "scores":

@@ -37,6 +37,7 @@ from neuromamba.layout import Layout
 from neuromamba.qc_rules import left_out
 from neuromamba.splits import read_split
 from neuromamba.stage import usable_runs
+from neuromamba.stages import tested_arrays
 from neuromamba.store import get_array
 from neuromamba.tables import read_table
 
@@ -137,15 +138,15 @@ def usable_of(config: Config, dataset: str) -> pd.DataFrame:
 
 
 def good_runs(config: Config, dataset: str) -> pd.DataFrame:
-    """Runs that have tokens and ROI series and are good enough: `run`, `subject`."""
+    """Runs that have the arrays of their dataset and are good enough: `run`, `subject`."""
     layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype={"run": str, "subject": str})
     batches = range(config.compute.batches)
     usable = [
         set(usable_runs([layout.manifest(stage, batch) for batch in batches]))
-        for stage in ("tokens", "rois")
+        for stage in tested_arrays(config.datasets[dataset])
     ]
-    good = (usable[0] & usable[1]) - set(left_out(config, dataset))
+    good = set.intersection(*usable) - set(left_out(config, dataset))
     return index.loc[index["run"].isin(list(good)), ["run", "subject"]]
 
 

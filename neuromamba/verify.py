@@ -28,11 +28,15 @@ from neuromamba.config import Config
 from neuromamba.contents import content_table, digest_store, measure_store
 from neuromamba.files import InputError, digest_file, read_json
 from neuromamba.layout import Layout
-from neuromamba.stages import BATCHED
 from neuromamba.tables import read_table, write_table
 
 SHOWN = 20
 """Problems of one kind that the error message lists."""
+SOURCES = {
+    "volumes": {"bold": "source_sha256", "mask": "mask_sha256"},
+    "rois": {"bold": "source_sha256"},
+}
+"""By what is made of a run first: columns of the index, and the attributes with their digests."""
 AGAIN = "--discard forgets them; `snakemake volumes tokens rois` then makes them again"
 CURES = {
     "missing": AGAIN,
@@ -64,7 +68,7 @@ class Found:
 def run_verify(
     config: Config,
     dataset: str,
-    stages: Sequence[str] = BATCHED,
+    stages: Sequence[str] | None = None,
     batches: Sequence[int] | None = None,
     jobs: int = 1,
     sources: bool = False,
@@ -79,13 +83,14 @@ def run_verify(
     config, dataset
         The run, and which of its datasets.
     stages
-        Of `BATCHED`.
+        Of the dataset's `arrays`; `None`: all.
     batches
         Numbers of the batches to check; `None`: all of them, and that there are no other stores.
     jobs
         Threads.
     sources
-        Check also the BOLD files and masks of the index, by the digests that the volumes keep.
+        Check also the BOLD files and masks of the index, by the digests that the volumes keep; or
+        the tables of ROI series.
     quick
         Compare only keys, numbers of files and sizes: damage inside of a file is not seen.
     output
@@ -104,9 +109,9 @@ def run_verify(
     InputError
         Listing what is missing, changed or surplus; or when a manifest is absent or has no digests.
     """
-    layout = Layout.of(config, dataset)
+    layout, arrays = Layout.of(config, dataset), config.datasets[dataset].arrays
     chosen = range(config.compute.batches) if batches is None else batches
-    tables = {stage: _contents(layout, stage, chosen) for stage in stages}
+    tables = {stage: _contents(layout, stage, chosen) for stage in stages or arrays}
     problems: list[Problem] = []
     lines: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -117,8 +122,8 @@ def run_verify(
                 problems += _surplus(layout, stage, set(table["run"]))
         if sources:
             paths = read_table(layout.index, dtype=str)[["run", "bold", "mask"]]
-            table = _contents(layout, "volumes", chosen)[["run"]].merge(paths, "left", on="run")
-            check = partial(_check_source, layout, quick)
+            table = _contents(layout, arrays[0], chosen)[["run"]].merge(paths, "left", on="run")
+            check = partial(_check_source, layout, arrays[0], quick)
             _work(pool, "sources", check, table.to_dict("records"), quick, problems, lines)
     if output is not None:
         rows = [(problem.kind, problem.name, problem.detail) for problem in problems]
@@ -194,15 +199,15 @@ def _glance(store: Path) -> dict[str, Any]:
     return {**measure_store(store), "key": attributes.get("key")}
 
 
-def _check_source(layout: Layout, quick: bool, row: dict[str, Any]) -> Found:
-    """Compare a run's BOLD file and mask with the digests in the attributes of its volumes."""
+def _check_source(layout: Layout, stage: str, quick: bool, row: dict[str, Any]) -> Found:
+    """Compare a run's sources with the digests in the attributes of what was made of them first."""
     files = size = 0
     problems = []
     try:
-        attributes = read_json(layout.array("volumes", row["run"]) / "zarr.json")["attributes"]
+        attributes = read_json(layout.array(stage, row["run"]) / "zarr.json")["attributes"]
     except (InputError, KeyError) as error:
         return Found(problems=[Problem("source", row["run"], f"its digests are lost ({error})")])
-    for column, key in (("bold", "source_sha256"), ("mask", "mask_sha256")):
+    for column, key in SOURCES[stage].items():
         if pd.isna(row[column]):
             problems.append(Problem("source", row["run"], f"has no {column} in the index any more"))
             continue
@@ -211,7 +216,7 @@ def _check_source(layout: Layout, quick: bool, row: dict[str, Any]) -> Found:
             size += path.stat().st_size
             files += 1
             if not quick and digest_file(path) != attributes[key]:
-                detail = "is not the file the volumes were made from"
+                detail = f"is not the file the {stage} were made from"
                 problems.append(Problem("source", str(path), detail))
         except OSError as error:
             problems.append(Problem("source", str(path), f"cannot be read ({error})"))

@@ -2,22 +2,25 @@
 
 from neuromamba.config.data import (
     Ants,
-    Classification,
-    Dataset,
     Denoise,
-    FilePatterns,
     Fmriprep,
-    Participants,
     Preprocess,
     Qc,
-    Regression,
     Rois,
     Splits,
-    State,
-    Target,
     Template,
     Tokens,
     Volumes,
+)
+from neuromamba.config.dataset import (
+    Classification,
+    Dataset,
+    FilePatterns,
+    Participants,
+    Regression,
+    Series,
+    State,
+    Target,
 )
 from neuromamba.config.load import build_config, load_config, merge, save_config
 from neuromamba.config.models import Lmae, Model, NeuroMamba, RoiModel, RoiTransformer
@@ -51,6 +54,7 @@ __all__ = [
     "RoiTransformer",
     "Rois",
     "Scaling",
+    "Series",
     "Splits",
     "State",
     "Target",

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
+from neuromamba.config.checks import refuse_what_needs_images
 from neuromamba.config.data import (
-    Dataset,
     Folder,
     Fraction,
     Name,
@@ -24,6 +24,7 @@ from neuromamba.config.data import (
     Tokens,
     Volumes,
 )
+from neuromamba.config.dataset import Dataset
 from neuromamba.config.evaluation import Evaluate as Evaluate
 from neuromamba.config.evaluation import Explain as Explain
 from neuromamba.config.models import Lmae as Lmae
@@ -185,6 +186,12 @@ class Config(Section):
                 "evaluate.baselines has fc-partial, which needs partial correlations: add partial "
                 f"to rois.connectivity ({', '.join(self.rois.connectivity)})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _series_are_asked_for_no_images(self) -> Config:
+        sections = (self.qc, self.volumes, self.rois)
+        refuse_what_needs_images(self.datasets, self._every_model(), *sections)
         return self
 
     @model_validator(mode="after")
