@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(stages, "pretrain", "train a model without labels", options)
     text = "table, figure and power law of the scaling study"
     _add(stages, "scaling", text, ["dataset"])
+    text = "compare models with their ablations in one table"
+    _add(stages, "ablations", text, ["dataset"])
     supervised = [*trained, "target", "fold"]
     text = "predict the test subjects by the baselines"
     _add(stages, "baselines", text, ["dataset", "target", "fold"])

@@ -21,8 +21,9 @@ from neuromamba.command_options import (
 )
 from neuromamba.files import InputError
 from neuromamba.launch import start_processes
+from neuromamba.layout import Layout
 from neuromamba.recording import recorded
-from neuromamba.stages import Job
+from neuromamba.stages import Job, compared_by
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -54,6 +55,26 @@ def _scaling(options: argparse.Namespace) -> None:
     dataset = choose("dataset", options.dataset, [*config.datasets, *config.mixtures])
     with recorded(config, Job("scaling", dataset)):
         run_scaling(config, dataset)
+
+
+def _ablations(options: argparse.Namespace) -> None:
+    from neuromamba.compare import run_compare
+
+    config = read_config(options)
+    dataset = choose("dataset", options.dataset, list(config.datasets))
+    if not config.ablations:
+        raise InputError("no model of the config has `ablation_of`; see config/README.md")
+    layout, how = Layout.of(config, dataset), config.evaluate
+    runs = [layout.seed(model, seed) for model, seed in compared_by(config)]
+    with recorded(config, Job("ablations", dataset)):
+        run_compare(
+            runs,
+            layout.ablations,
+            how.bootstrap,
+            how.confidence,
+            how.permutations,
+            config.splits.seed,
+        )
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -204,6 +225,7 @@ def _compare(options: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "pretrain": _pretrain,
     "scaling": _scaling,
+    "ablations": _ablations,
     "finetune": _finetune,
     "baselines": _baselines,
     "evaluate": _evaluate,

@@ -78,7 +78,7 @@ class Inputs(ABC):
                 return self._rows(job.dataset)
             case "report":
                 return [read_record(self.config, one).get("key") for one in extra_jobs(self.config)]
-            case "scaling" | "scores":
+            case "scaling" | "ablations" | "scores":
                 return []
         data: list[Any] = []
         for name in self.config.members(job.dataset):

@@ -173,7 +173,7 @@ class Keys(Inputs):
         """
         before = jobs_before(self.config, job)
         match job.stage:
-            case "scaling" | "scores" | "report":
+            case "scaling" | "ablations" | "scores" | "report":
                 return [self._key_before(one, code) for one in before]
             case "overview":
                 listed = [one for one in before if one.stage == "excluded"]

@@ -94,30 +94,39 @@ class Layout:
     def scaling(self) -> Path:
         return self.root / "scaling"
 
+    @property
+    def ablations(self) -> Path:
+        """The table that compares models with their ablations."""
+        return self.root / "ablations"
+
     def cell(self, model: str, fraction: float, seed: int) -> Path:
         """One pretraining of the scaling study."""
         return self.scaling / model / f"fraction-{fraction:g}" / f"seed-{seed}"
 
+    def seed(self, model: str, seed: int) -> Path:
+        """All results of a model under one seed."""
+        return self.root / model / f"seed-{seed}"
+
     def pretrain(self, model: str, seed: int) -> Path:
-        return self.root / model / f"seed-{seed}" / "pretrain" / self.fold
+        return self.seed(model, seed) / "pretrain" / self.fold
 
     def finetune(self, model: str, seed: int, target: str) -> Path:
-        return self.root / model / f"seed-{seed}" / "finetune" / target / self.fold
+        return self.seed(model, seed) / "finetune" / target / self.fold
 
     def baselines(self, target: str) -> Path:
         return self.root / "baselines" / target / self.fold
 
     def evaluate(self, model: str, seed: int, target: str) -> Path:
-        return self.root / model / f"seed-{seed}" / "evaluate" / target / self.fold
+        return self.seed(model, seed) / "evaluate" / target / self.fold
 
     def scores(self, model: str, seed: int) -> Path:
         return self.results / "scores" / self.dataset / model / f"seed-{seed}"
 
     def forecast(self, model: str, seed: int) -> Path:
-        return self.root / model / f"seed-{seed}" / "forecast" / self.fold
+        return self.seed(model, seed) / "forecast" / self.fold
 
     def identify(self, model: str, seed: int) -> Path:
-        return self.root / model / f"seed-{seed}" / "identify" / self.fold
+        return self.seed(model, seed) / "identify" / self.fold
 
     def explain(self, model: str, seed: int, target: str) -> Path:
-        return self.root / model / f"seed-{seed}" / "explain" / target / self.fold
+        return self.seed(model, seed) / "explain" / target / self.fold

@@ -160,7 +160,7 @@ def make_settings(
     """
     return ({"regions": dict(regions)} if regions else {}) | {
         "model": config.models[model].model_dump(
-            mode="json", exclude={"base", "pretrain", "finetune"}
+            mode="json", exclude={"base", "ablation_of", "pretrain", "finetune"}
         ),
         type(settings).__name__.lower(): relevant_settings(settings),
         "tokens": config.tokens.model_dump(mode="json"),

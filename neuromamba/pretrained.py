@@ -106,7 +106,7 @@ def save_pretrained(folder: Path | str, pretrained: Pretrained, card: str) -> No
             "library_version": neuromamba.__version__,
             "model_type": pretrained.model.family,
             "model": pretrained.model.model_dump(
-                mode="json", exclude={"base", "pretrain", "finetune"}
+                mode="json", exclude={"base", "ablation_of", "pretrain", "finetune"}
             ),
             "tokens": pretrained.tokens.model_dump(mode="json"),
             "volumes": pretrained.volumes.model_dump(mode="json", include=SHARED_GRID),

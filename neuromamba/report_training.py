@@ -79,7 +79,7 @@ def draw_curves(trainings: Sequence[Training]) -> dict[str, str | None]:
 def describe_models(config: Config, trainings: Sequence[Training]) -> list[dict[str, Any]]:
     """Models of the config, with the number of parameters of what was trained."""
     found = {training.model: training.info.get("parameters") for training in trainings}
-    hidden = {"base", "pretrain", "finetune", "family"}
+    hidden = {"base", "ablation_of", "pretrain", "finetune", "family"}
     return [
         {
             "name": name,

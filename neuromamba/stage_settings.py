@@ -64,6 +64,10 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
                 # Whom a window of any model finds in a state is tested.
                 settings["windows"] = sorted({model.volumes for model in config.models.values()})
             return settings
+        case "ablations":
+            how = {"bootstrap", "confidence", "permutations"}
+            own = config.evaluate.model_dump(mode="json", include=how)
+            return {"evaluate": own, "seed": config.splits.seed}
         case "scaling":
             return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
     return {}
@@ -89,7 +93,7 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
     model, evaluate = model_of(config, job), config.evaluate.model_dump(mode="json")
     match job.stage:
         case "pretrain" | "cell":
-            dumped = model.model_dump(mode="json", exclude={"base", "finetune"})
+            dumped = model.model_dump(mode="json", exclude={"base", "ablation_of", "finetune"})
             dumped["pretrain"] = relevant_settings(model.pretrain)
             own: dict[str, Any] = {"model": dumped, "members": config.members(job.dataset)}
             cell = {"fraction": job.fraction, "steps": config.scaling.steps}

@@ -39,11 +39,17 @@ STAGES = (
     "explain",
     "cell",
     "scaling",
+    "ablations",
 )
 """`cell` is one pretraining of the scaling study."""
 
 
-_MODULES = {"index": "bids", "cell": "pretrain", "baselines": "baseline_predictions"}
+_MODULES = {
+    "index": "bids",
+    "cell": "pretrain",
+    "baselines": "baseline_predictions",
+    "ablations": "compare",
+}
 """Modules that are not named as their stage."""
 
 
@@ -150,6 +156,8 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [*first, *made, *_checked(config, members)]
         case "scaling":
             return _cells(config, job.dataset)
+        case "ablations":
+            return [Job("scores", job.dataset, model=m, seed=s) for m, s in compared_by(config)]
         case "report":
             return [*_scored(config), *(_overview(config, name) for name in config.datasets)]
     raise ValueError(f"{job.stage!r} is no stage")
@@ -165,6 +173,8 @@ def extra_jobs(config: Config) -> list[Job]:
                 jobs += [job, replace(job, stage="identify")]
             targets = config.datasets[name].subject_targets
             jobs += [replace(job, stage="explain", target=target) for target in targets]
+        if model in config.ablations:
+            jobs.append(Job("scores", name, model=model, seed=seed))
     return jobs + [Job("scaling", name) for name in (*config.datasets, *config.mixtures)]
 
 
@@ -223,11 +233,19 @@ def _cells(config: Config, dataset: str) -> list[Job]:
     ]
 
 
+def compared_by(config: Config) -> list[tuple[str, int]]:
+    """The models and seeds that stand in the table of ablations."""
+    whole = [str(model.ablation_of) for model in config.ablations.values()]
+    return list(product(dict.fromkeys([*whole, *config.ablations]), config.seeds))
+
+
 def _scored(config: Config) -> list[Job]:
+    """The results that the report is about; those of ablations are asked for by themselves."""
     return [
         Job("scores", name, model=model, seed=seed)
         for name in config.datasets
         for model in config.models
+        if model not in config.ablations
         for seed in config.seeds
     ]
 
@@ -269,6 +287,8 @@ def output_of(config: Config, job: Job) -> Path:
             return layout.explain(job.model, job.seed, job.target) / "explain.json"
         case "scaling":
             return layout.scaling / "fit.json"
+        case "ablations":
+            return layout.ablations / "leaderboard.json"
         case "report":
             return layout.results / "report" / "index.html"
     raise ValueError(f"{job.stage!r} is no stage")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from neuromamba.config import Config, NeuroMamba, build_config, load_config, save_config
 from neuromamba.files import InputError
+from neuromamba.stages import Job, all_jobs, jobs_before
 
 SHIPPED = ["bids", "demo", "fmriprep", "xcpd", "hcp", "ukb", "abcd", "adhd200", "abide"]
 
@@ -74,6 +75,53 @@ def test_a_model_with_a_base_shares_all_but_its_fine_tuning(base: Path, tmp_path
         load_config([base], ["models=[neuromamba-tiny-probe]"])
     with pytest.raises(InputError, match="in `finetune` alone"):
         load_config(files, ["models.neuromamba-tiny-probe.width=64"])
+
+
+PARTS = """
+models:
+  whole: {family: lmae, width: 16, experts: 3}
+  plain: {ablation_of: whole, experts: 0}
+  untaught: {ablation_of: whole, base: whole, finetune: {start: fresh}}
+"""
+
+
+def test_an_ablation_is_another_model_but_for_what_it_changes(base: Path, tmp_path: Path):
+    (tmp_path / "parts.yaml").write_text(PARTS)
+    config = load_config([base, tmp_path / "parts.yaml"])
+    assert list(config.ablations) == ["plain", "untaught"]
+    plain = config.models["plain"].model_dump()
+    assert plain == config.models["whole"].model_dump() | {"ablation_of": "whole", "experts": 0}
+    assert config.pretraining_of("demo", "untaught") == ("demo", "whole")
+    asked = [job.model for job in all_jobs(config) if job.stage == "scores"]
+    assert set(asked) == {"whole"}
+    (table,) = [
+        job for job in jobs_before(config, Job("ablations", "demo")) if job.model == "plain"
+    ]
+    assert table.stage == "scores"
+    again = build_config(config.model_dump(mode="json"), tmp_path, "again")
+    assert again.ablations.keys() == config.ablations.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("models={a: {family: lmae, ablation_of: b}}", "which must be one of `models` (a)"),
+        (
+            "models={a: {family: lmae}, b: {ablation_of: a}, c: {ablation_of: b}}",
+            "and no ablation itself",
+        ),
+        (
+            "models={a: {family: lmae}, b: {ablation_of: a}, c: {base: b}}",
+            "models.c.base is the ablation b",
+        ),
+        (
+            "models={a: {family: lmae, finetune: {start: fresh}}}",
+            "a pretraining of its own would be for nothing",
+        ),
+    ],
+)
+def test_a_wrong_ablation_is_explained(base: Path, settings: str, message: str):
+    assert message in problem(base, settings)
 
 
 def test_the_scaling_study_is_of_models_with_a_pretraining_of_their_own(base: Path, tmp_path: Path):

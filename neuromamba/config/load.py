@@ -110,17 +110,24 @@ def _of_models(change: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_bases(models: Mapping[str, Any]) -> dict[str, Any]:
-    """The models, those with a `base` on top of what that one's file says."""
-    whole = {}
-    for name, model in models.items():
-        of = model.get("base") if isinstance(model, Mapping) else None
-        if of is not None and of not in models:
+    """The models, those of another (`base`, `ablation_of`) on top of what that one's file says."""
+
+    def complete(name: str, *above: str) -> Any:
+        model = models[name]
+        given = model if isinstance(model, Mapping) else {}
+        key = next((key for key in ("base", "ablation_of") if given.get(key) is not None), None)
+        if key is None:
+            return model
+        of = given[key]
+        if of not in models or of in (name, *above):
             raise InputError(
-                f"models.{name}.base is {of!r}, which must be one of `models` ({', '.join(models)})"
+                f"models.{name}.{key} is {of!r}, which must be another one of `models` "
+                f"({', '.join(models)})"
             )
-        base = None if of is None else models[of]
-        whole[name] = merge(base, model) if isinstance(base, Mapping) else model
-    return whole
+        base = complete(of, name, *above)
+        return merge(base, model) if isinstance(base, Mapping) else model
+
+    return {name: complete(name) for name in models}
 
 
 def save_config(path: Path | str, config: Config) -> None:

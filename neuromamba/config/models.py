@@ -1,6 +1,8 @@
 """The schema of the models: a section for each family, told apart by `family`.
 
-`needs` names the arrays of the data that a family reads; see `neuromamba.models`.
+`needs` names the arrays of the data that a family reads; see `neuromamba.models`. A model with a
+`base` shares the pretraining of that model, an `ablation_of` a model is compared with it on
+request; both start from the other's settings.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class NeuroMamba(Section):
     base_width: PositiveInt = 128
     checkpoint_blocks: bool = False
     base: Name | None = None
+    ablation_of: Name | None = None
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
 
@@ -65,6 +68,7 @@ class RoiModel(Section):
     patch: PositiveInt = 10
     width: PositiveInt = 64
     base: Name | None = None
+    ablation_of: Name | None = None
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
 

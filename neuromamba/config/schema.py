@@ -145,7 +145,9 @@ class Config(Section):
         InputError
             When the losses of its models are of different things.
         """
-        models = self.scaling.models or self.pretrained_models
+        models = self.scaling.models or {
+            name: model for name, model in self.pretrained_models.items() if not model.ablation_of
+        }
         alike = ("family", "volumes", "normalization", "order", "target", "objective", "mixture")
         for key in alike:
             found = {
@@ -164,6 +166,11 @@ class Config(Section):
     def pretrained_models(self) -> dict[str, Model]:
         """The models with a pretraining of their own, which those with a `base` share."""
         return {name: model for name, model in self.models.items() if model.base is None}
+
+    @property
+    def ablations(self) -> dict[str, Model]:
+        """The models that are another without something: made and compared on request alone."""
+        return {name: model for name, model in self.models.items() if model.ablation_of}
 
     def pretraining_of(self, dataset: str, model: str) -> tuple[str, str]:
         """The pretraining that a model of a dataset starts from: dataset or mixture, and model."""
@@ -245,12 +252,35 @@ class Config(Section):
                     f"models.{name}.base is {model.base!r}, which must be one of `models` "
                     f"({', '.join(self.models)}), with a pretraining of its own"
                 )
-            apart = {"base", "finetune"}
+            apart = {"base", "ablation_of", "finetune"}
             if base.model_dump(exclude=apart) != model.model_dump(exclude=apart):
                 raise ValueError(
                     f"models.{name} has {model.base} as its base and may differ from it in "
                     "`finetune` alone"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ablations_are_of_models(self) -> Config:
+        for name, model in self.models.items():
+            whole = self.models.get(model.ablation_of or name)
+            if whole is None or (model.ablation_of and whole.ablation_of):
+                raise ValueError(
+                    f"models.{name}.ablation_of is {model.ablation_of!r}, which must be one of "
+                    f"`models` ({', '.join(self.models)}), and no ablation itself"
+                )
+            if model.base in self.ablations and not model.ablation_of:
+                raise ValueError(
+                    f"models.{name}.base is the ablation {model.base}, which is made on request "
+                    "alone; take another, or make this an ablation too"
+                )
+            if model.finetune.start == "fresh" and model.base is None:
+                raise ValueError(
+                    f"models.{name}.finetune.start is fresh, so a pretraining of its own would be "
+                    "for nothing; name a `base` whose pretraining it leaves out"
+                )
+        if self.models and len(self.ablations) == len(self.models):
+            raise ValueError("models has ablations alone; add the model that they are of")
         return self
 
     @model_validator(mode="after")

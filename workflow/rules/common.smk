@@ -87,6 +87,7 @@ RULES = {
     "explain": "explain_model",
     "cell": "pretrain_cell",
     "scaling": "fit_scaling",
+    "ablations": "compare_ablations",
 }
 # What a training prints goes to the screen, to its log, and to `<log>.all`: Snakemake removes the log
 # before the next attempt, and that of one that failed is the first thing to read.

@@ -16,6 +16,34 @@ rule score_model:
         "neuromamba scores {params.run} 2>&1 | tee {log}"
 
 
+rule compare_ablations:
+    """Put models and what they are without a part of theirs in one table."""
+    input:
+        needs("ablations"),
+    output:
+        facts=f"{ROOT}/ablations/leaderboard.json",
+        tables=expand(
+            f"{ROOT}/ablations/{{file}}",
+            file=["leaderboard.tsv", "comparisons.tsv"],
+            allow_missing=True,
+        ),
+        page=report(
+            f"{ROOT}/ablations/leaderboard.html",
+            caption="../report/ablations.rst",
+            category="Result",
+        ),
+    log:
+        f"logs/{ROOT}/ablations.log",
+    benchmark:
+        f"logs/{ROOT}/ablations.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
+    params:
+        run=RUN,
+    shell:
+        "neuromamba ablations {params.run} 2>&1 | tee {log}"
+
+
 rule report:
     """Put data, training and results of everything on one page."""
     input:
