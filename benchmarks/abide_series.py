@@ -25,7 +25,10 @@ from tqdm import tqdm
 from neuromamba.files import write_json
 from neuromamba.tables import read_table, write_table
 
-SIDECAR = {"TaskName": "rest", "SoftwareFilters": "C-PAC, band-pass and global signal regression"}
+SIDECAR = {
+    "TaskName": "rest",
+    "Description": "C-PAC, band-pass and global signal regression (filt_global)",
+}
 
 
 def read_series(arrays: np.lib.npyio.NpzFile, series: np.ndarray, row: int) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -296,3 +297,51 @@ def test_the_processes_of_a_training_share_its_batches(base: Path):
         base, "compute.processes=4", "compute.nodes=2"
     )
     assert "compute.nodes" in problem(base, "compute.nodes=0")
+
+
+# --- Datasets of ROI series -----------------------------------------------------------------------
+
+
+SERIES = {"derivatives": "data/series", "series": {"segmentation": 400}, "space": "T1w"}
+
+
+def config_of_series(**changes: Any) -> dict[str, Any]:
+    models = {"m": {"family": "roi_transformer"}}
+    return {"datasets": {"s": SERIES, "other": {"derivatives": "x"}}, "models": models, **changes}
+
+
+def test_what_is_made_of_a_dataset_is_told_by_what_it_consists_of():
+    datasets = build_config(config_of_series(), "config", "test").datasets
+    assert datasets["s"].arrays == ("rois",)
+    assert datasets["other"].arrays == ("volumes", "tokens", "rois")
+    assert datasets["s"].series is not None
+    assert datasets["s"].series.segmentation == "400"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"models": {"m": {"family": "neuromamba"}}},
+            r"models.m \(family neuromamba\) needs tokens.*dataset s has ROI series",
+        ),
+        (
+            {"scaling": {"models": {"m": {"family": "neuromamba"}}}},
+            r"scaling.models.m \(family neuromamba\) needs tokens",
+        ),
+        ({"qc": {"max_mean_fd": 0.3, "min_tsnr": 20}}, "qc.max_mean_fd, qc.min_tsnr can be"),
+        ({"volumes": {"denoise": {"strategy": ["motion"]}}}, "volumes.denoise can be applied"),
+        ({"volumes": {"denoise": {"smoothing": 6}}}, "volumes.denoise can be applied"),
+        ({"rois": {"min_coverage": 0.5}}, "rois.min_coverage can be applied to images alone"),
+        ({"datasets": {"s": {**SERIES, "bids": "raw"}}}, "bids is about images"),
+        ({"datasets": {"s": {**SERIES, "resolution": "2"}}}, "resolution is about images"),
+        ({"datasets": {"s": {"series": {}}}}, "needs `derivatives`"),
+    ],
+)
+def test_what_needs_images_is_refused_for_series(changes: dict[str, Any], words: str):
+    with pytest.raises(InputError, match=words):
+        build_config(config_of_series(**changes), "config", "test")
+
+
+def test_settings_of_quality_that_leave_out_nobody_do_not_matter_to_series():
+    build_config(config_of_series(qc={"outlier": 5, "pages": False}), "config", "test")

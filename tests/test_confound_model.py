@@ -145,3 +145,32 @@ def test_gaps_are_filled_by_training_and_new_sites_are_none() -> None:
     assert test[2].tolist() == [0, 0, 0, 1]  # a subject of whom nothing is known
     again, _, _ = design(table, list("uvwx"), ["y"])
     assert (again == train).all()
+
+
+def add_motion(tmp_path: Path) -> None:
+    path = tmp_path / "participants.tsv"
+    write_table(path, read_table(path).assign(mean_fd=[0.11, 0.12, 0.13, None]))
+
+
+def test_mean_fd_comes_from_the_table_of_subjects_only_where_no_run_has_it(
+    config: Config, tmp_path: Path
+) -> None:
+    add_motion(tmp_path)
+    measured = confounds_of(config, "toy", "sex", runs_of(config))
+    assert measured["mean_fd"].to_numpy()[:3] == pytest.approx([0.1, 0.4, 0.6])
+    assert np.isnan(measured["mean_fd"].iloc[3])
+    layout = Layout.of(config, "toy")
+    write_table(layout.index, read_table(layout.index).assign(confounds=None))
+    told = confounds_of(config, "toy", "sex", runs_of(config))
+    assert told["mean_fd"].to_numpy()[:3] == pytest.approx([0.11, 0.12, 0.13])
+    assert list(told) == ["age", "site", "mean_fd", "tsnr", "n_volumes", "n_voxels"]
+
+
+def test_motion_that_is_the_target_is_no_confound(config: Config, tmp_path: Path) -> None:
+    add_motion(tmp_path)
+    settings = config.datasets["toy"].model_dump(mode="json")
+    settings["targets"] = {"motion": {"kind": "regression", "column": "mean_fd"}}
+    config = make_config(tmp_path, dataset=settings, compute={"batches": 2})
+    layout = Layout.of(config, "toy")
+    write_table(layout.index, read_table(layout.index).assign(confounds=None))
+    assert "mean_fd" not in confounds_of(config, "toy", "motion", runs_of(config))
