@@ -31,8 +31,8 @@ PAPERS = {
         'T. Dao and A. Gu, "Transformers are SSMs", 2024, arXiv 2405.21060',
     ],
     "lmae": [
-        "Local masked autoencoder, random-walk mixture of experts and state-space predictor, 2025, "
-        "arXiv 2508.16597, of which the abstract alone was at hand",
+        "R. Cao and others, Bridging foundation models and efficient architectures, 2025, arXiv "
+        "2508.16597, of which the abstract alone was at hand",
         'T. Dao and A. Gu, "Transformers are SSMs", 2024, arXiv 2405.21060',
     ],
     "roi_transformer": [

@@ -32,10 +32,60 @@ def describe_models(trainings: Sequence[Training]) -> list[str]:
 
 def _architecture(name: str, training: Training) -> str:
     model = training.info["settings"]["model"]
-    if model["family"] != "neuromamba":
-        return f"{name} is a model of the family {model['family']}."
     count = training.info.get("parameters")
     size = f"{count:,} parameters, " if count else ""
+    match model["family"]:
+        case "neuromamba":
+            return _neuromamba(name, model, size)
+        case "lmae":
+            return _lmae(name, model, size) + _regions(training)
+        case "roi_transformer":
+            return _roi_transformer(name, model, size) + _regions(training)
+    return f"{name} is a model of the family {model['family']}."
+
+
+def _regions(training: Training) -> str:
+    """Which series a model reads."""
+    regions, model = training.info["settings"]["regions"], training.info["settings"]["model"]
+    pace = model["repetition_time"]
+    text = f" It read the series of the {regions['n_rois']} regions of {regions['atlas']}"
+    text += ", each minus its mean over the run and over its standard deviation"
+    return text + (f", at a repetition time of {pace:g} s." if pace else ".")
+
+
+def _lmae(name: str, model: dict[str, Any], size: str) -> str:
+    mixture = "no mixture of experts"
+    if model["experts"]:
+        mixture = (
+            f"a mixture of {model['experts']} experts over random walks of up to "
+            f"{model['walk_steps']} steps between regions, on the graph of the "
+            f"{model['neighbors']} strongest correlations of each in the window"
+        )
+    predictors = {
+        "ssm": "a Mamba-2 state-space model [@dao2024mamba2] over time",
+        "mean": "a mean over time",
+        "gru": "a recurrent network over time",
+        "attention": "self-attention over time",
+    }
+    return (
+        f"{name} is our reading of the abstract of [@cao2025bridging] ({size}width {model['width']}, "
+        f"{model['depth']} blocks): a masked autoencoder [@he2022mae] of region series, of which "
+        f"stretches of {model['mask_seconds']:g} s, {model['mask_share']:.0%} of the values, were "
+        f"hidden; {mixture}; and {predictors[model['predictor']]} for prediction."
+    )
+
+
+def _roi_transformer(name: str, model: dict[str, Any], size: str) -> str:
+    hidden = "patches" if model["mask"] == "patches" else "times"
+    return (
+        f"{name} is a Transformer [@vaswani2017attention] of the kind of BrainLM "
+        f"[@ortegacaro2024brainlm] ({size}width {model['width']}, {model['depth']} blocks): a "
+        f"masked autoencoder [@he2022mae] over patches of {model['patch']} volumes of region "
+        f"series, of which {model['mask_share']:.0%} of the {hidden} were hidden."
+    )
+
+
+def _neuromamba(name: str, model: dict[str, Any], size: str) -> str:
     text = (
         f"{name} follows NeuroMamba [@choi2025neuromamba] ({size}width {model['width']}, "
         f"{model['depth']} blocks, state {model['state']}): Mamba-2 blocks [@dao2024mamba2] over "
@@ -94,8 +144,9 @@ def _finetuned(name: str, own: Sequence[Training]) -> list[str]:
         if training.stage != "pretrain":
             settings = training.info["settings"].get("finetune", {})
             mode = settings.get("mode", "full")
+            fresh = ", from random weights" if settings.get("start") == "fresh" else ""
             how = "" if mode == "probe" or not settings else _optimised(settings, training.info)
-            ways.setdefault((mode, f" ({how})" if how else ""), []).append(training)
+            ways.setdefault((mode, fresh + (f" ({how})" if how else "")), []).append(training)
     sentences = []
     for (mode, how), group in ways.items():
         targets = ", ".join(dict.fromkeys(training.stage for training in group))

@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 from confound_tables import REPETITION_TIME, header_of, make_table, write_confounds
 from fabricate import make_config
+from pydantic import TypeAdapter
 from reports import of_subjects
 
 from neuromamba.collect import Data, Training
-from neuromamba.config import Denoise, NeuroMamba
+from neuromamba.config import Denoise, Model, NeuroMamba
 from neuromamba.denoise import Denoiser
 from neuromamba.methods import Facts, describe_methods, write_methods
 from neuromamba.references import REFERENCES, bibliography, cited_keys
@@ -122,6 +123,34 @@ def test_models_are_told_from_their_records(tmp_path: Path) -> None:
     assert (
         "Models" not in describe_methods(config, Facts(data=[], trainings=[unrecorded])).paragraphs
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "key"),
+    [
+        ("lmae", "2 experts over random walks", "cao2025bridging"),
+        ("roi_transformer", "75% of the patches were hidden", "ortegacaro2024brainlm"),
+    ],
+)
+def test_models_of_series_are_told_with_their_regions(
+    tmp_path: Path, family: str, words: str, key: str
+) -> None:
+    own = {"experts": 2} if family == "lmae" else {}
+    model = TypeAdapter(Model).validate_python({"family": family, **own})
+    regions = {"atlas": "twelve", "atlas_sha256": "a", "n_rois": 12}
+    given = {"model": model.model_dump(mode="json"), "regions": regions}
+    trainings = [
+        replace(one, info=one.info | {"settings": one.info["settings"] | given})
+        for one in (training(), training("sex", start="fresh"))
+    ]
+    facts = Facts(data=[], trainings=trainings)
+    found = describe_methods(make_config(tmp_path), facts)
+    text = found.paragraphs["Models"]
+    assert words in text
+    assert "the series of the 12 regions of twelve" in text
+    assert "at a repetition time of 2 s" in text
+    assert "all weights learnt, from random weights" in text
+    assert key in found.bibtex
 
 
 def test_statistics_follow_from_the_predictions(tmp_path: Path) -> None:

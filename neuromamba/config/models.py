@@ -103,7 +103,7 @@ class Lmae(RoiModel):
     experts: Annotated[int, Field(ge=0)] = 4
     top_k: PositiveInt | None = None
     balance: Annotated[float, Field(ge=0)] = 0.01
-    maps: PositiveInt = 16
+    maps: PositiveInt = 32
     predictor: Literal["ssm", "mean", "gru", "attention"] = "ssm"
     predictor_depth: PositiveInt = 1
     state: PositiveInt = 16

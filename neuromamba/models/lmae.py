@@ -44,7 +44,13 @@ from neuromamba.models.random_walk import (
     transitions,
     walk,
 )
-from neuromamba.models.roi_layers import TIME_FEATURES, LocalBlock, Perceptron, time_code
+from neuromamba.models.roi_layers import (
+    TIME_FEATURES,
+    LocalBlock,
+    Perceptron,
+    projection,
+    time_code,
+)
 from neuromamba.models.roi_masks import local_masks, mean_of_samples, reference_errors
 from neuromamba.models.roi_predictor import Predictor
 from neuromamba.models.skill import skills
@@ -105,7 +111,7 @@ class Lmae(nn.Module):
         s = settings
         self.settings, self.n_rois = s, n_rois
         self.walks = s.walk_steps * (2 if s.signed else 1) if s.experts else 0
-        self.places = nn.Parameter(torch.randn(n_rois, s.width))
+        self.places = nn.Parameter(projection(n_rois, s.width))
         self.embedding = nn.Linear(2 * s.patch, s.width)
         self.place = nn.Linear(s.width, s.width, bias=False)
         self.time = nn.Linear(TIME_FEATURES, s.width, bias=False)

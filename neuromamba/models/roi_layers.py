@@ -44,6 +44,15 @@ def time_code(repetition_time_B: Tensor, n_time: int, patch: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def projection(n_rois: int, columns: int) -> Tensor:
+    """A random matrix (n_rois, columns) with orthogonal columns, where there are enough ROIs.
+
+    Its entries have a variance of 1. Sums over the ROIs with such weights keep a little more of how
+    samples differ than sums with independent weights do.
+    """
+    return nn.init.orthogonal_(torch.empty(n_rois, columns), math.sqrt(max(n_rois, columns)))
+
+
 class LocalBlock(nn.Module):
     """RMSNorm -> convolution of each channel over neighbouring times -> perceptron -> residual.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuromamba.config import Compute, Lmae
-from neuromamba.models.roi_layers import TIME_FEATURES, AttentionBlock
+from neuromamba.models.roi_layers import TIME_FEATURES, AttentionBlock, projection
 from neuromamba.models.ssm import EPSILON, Mamba2
 
 
@@ -104,8 +104,8 @@ class Predictor(nn.Module):
     def __init__(self, settings: Lmae, n_rois: int, vectors: int, compute: Compute) -> None:
         super().__init__()
         self.width = settings.width + settings.maps * vectors
-        self.regions = nn.Parameter(torch.randn(n_rois, settings.width))
-        self.connections = nn.Parameter(torch.randn(n_rois, settings.maps)) if vectors else None
+        self.regions = nn.Parameter(projection(n_rois, settings.width))
+        self.connections = nn.Parameter(projection(n_rois, settings.maps)) if vectors else None
         self.sequence: nn.Module | None = None
         match settings.predictor:
             case "ssm":
