@@ -41,15 +41,15 @@ BIBTEX = r"""
   journal={NeuroImage}, volume={59}, number={3}, pages={2142--2154}, year={2012}, doi={10.1016/j.neuroimage.2011.10.018}}
 @misc{cao2025bridging, author={Cao, Rui and Liu, Xiaobo and others},
   title={Bridging Foundation Models and Efficient Architectures: A Modular Brain Imaging Framework with Local Masking and Pretrained Representation Learning},
-  year={2025}, eprint={2508.16597}, archivePrefix={arXiv}}
+  year={2025}, url={https://arxiv.org/abs/2508.16597}}
 @inproceedings{he2022mae, author={He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\'a}r, Piotr and Girshick, Ross},
   title={Masked Autoencoders Are Scalable Vision Learners},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2022}, eprint={2111.06377}, archivePrefix={arXiv}}
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2022}, url={https://arxiv.org/abs/2111.06377}}
 @inproceedings{vaswani2017attention, author={Vaswani, Ashish and others}, title={Attention Is All You Need},
-  booktitle={Advances in Neural Information Processing Systems}, volume={30}, year={2017}, eprint={1706.03762}, archivePrefix={arXiv}}
+  booktitle={Advances in Neural Information Processing Systems}, volume={30}, year={2017}, url={https://arxiv.org/abs/1706.03762}}
 @inproceedings{ortegacaro2024brainlm, author={Ortega Caro, Josue and others},
   title={{BrainLM}: A foundation model for brain activity recordings},
-  booktitle={International Conference on Learning Representations}, year={2024}}
+  booktitle={International Conference on Learning Representations}, year={2024}, url={https://www.biorxiv.org/content/10.1101/2023.09.12.557460v1}}
 @inproceedings{choi2025neuromamba, author={Choi, Jubin and Park, David Keetae and Kwon, Junbeom and Yoo, Shinjae and Cha, Jiook},
   title={{NeuroMamba}: A State-Space Foundation Model for Functional {MRI}},
   booktitle={NeurIPS 2025 Workshop on Foundation Models for the Brain and Body}, year={2025}, url={https://openreview.net/forum?id=kftg4lmQi8}}
