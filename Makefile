@@ -24,7 +24,8 @@ data/demo/participants.tsv: | $(INSTALLED)
 	$(BIN)/neuromamba demo-data data/demo
 
 test: lint ## all tests, the linters and the type checker
-	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile
+	@# Files in the order of tests/conftest.py, the longest first.
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED) ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"

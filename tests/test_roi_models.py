@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from neuromamba.config import Compute, Lmae, RoiTransformer
@@ -151,10 +152,11 @@ def test_masks_follow_torchs_generator_in_training_and_are_fixed_in_evaluation(m
 def test_flops_are_those_that_torch_counts(make) -> None:
     model, batch = make().eval(), make_batch()
     batch["present"][:] = True
-    with FlopCounterMode(display=False) as counter:
+    # The fused kernels of attention on a CPU are not counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss(batch)
     # Smaller products (of codes of time, of embeddings of ROIs) are left out.
-    assert model.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.25)
+    assert model.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 @every_model
@@ -207,7 +209,7 @@ def test_masks_are_as_long_in_seconds_at_every_repetition_time(repetition_time, 
     assert runs.min() == length
     assert mask.float().mean(1).sub(0.3).abs().max() <= 0.5 * length / 200 + 1e-6
     # Anywhere in the window, and elsewhere in each ROI.
-    assert mask.float().mean(0).min() > 0.1
+    assert mask.float().mean(0).min() > 0.02
     assert len(mask.unique(dim=0)) > 400
 
 
@@ -377,16 +379,17 @@ def test_predictors(predictor: str) -> None:
     if predictor in ("ssm", "gru", "mean"):
         # Before it has learnt anything, a sequence model changes nothing.
         torch.testing.assert_close(before, mean)
-    optimizer = torch.optim.Adam(model.pool.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.pool.parameters(), lr=0.05)
     target = torch.tensor([0.0, 1.0, 1.0, 0.0])
     losses = []
     for _ in range(25):
         optimizer.zero_grad()
-        loss = (model.embed(batch).mean(1) - target).square().mean()
+        loss = (model.embed(batch)[:, :8].mean(1) - target).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+    model.embed(batch).square().sum().backward()
     for name, parameter in model.pool.named_parameters():
         assert parameter.grad.abs().max() > 0, name
 

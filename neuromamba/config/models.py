@@ -87,9 +87,9 @@ class Lmae(RoiModel):
     keeps the `neighbors` strongest correlations of each region, with `signed` those that are
     negative as a graph of their own; walks on it take up to `walk_steps` steps. Each ROI and time
     uses `top_k` of the `experts` (all of them without it); without experts there is neither mixture
-    nor walk. The embedding holds what walks reach in `maps` weighted sums over the regions, learnt in
-    fine-tuning. `expand` is the inner width of the predictor's layers over `width`, `head_dim` the
-    channels of one of their heads.
+    nor walk. The embedding holds what walks reach in `maps` weighted sums over the regions.
+    `expand` is the inner width of the predictor's layers over `width`, `head_dim` the channels of
+    one of their heads.
     """
 
     family: Literal["lmae"]

@@ -21,7 +21,8 @@ interactions of regions; a state-space model that predicts from them. All else i
 - Mixture (`walk_steps`, `experts`, `top_k`, `balance`): see `random_walk`. It is part of the path
   in pretraining, where it can infer masked values from other regions. Without experts there is one
   perceptron on the ROI's own state, and no walk at all, for comparison.
-- Predictor (`predictor`, `maps`): see `roi_predictor`. It is not part of pretraining, and so is the `pool`.
+- Predictor (`predictor`, `maps`): see `roi_predictor`. It is no part of pretraining, and so is the
+  `pool`.
 
 Dimensions in names: B samples, R ROIs, L volumes, T time patches, V volumes of a patch (L = T * V),
 C channels, E experts, F features of time, W features of walks.
