@@ -69,7 +69,7 @@ def main() -> None:
             "Name": "ABIDE I, CC400 time series of the Preprocessed Connectomes Project",
             "BIDSVersion": "1.9.0",
             "DatasetType": "derivative",
-            "GeneratedBy": [{"Name": "benchmarks/abide_series.py"}],
+            "GeneratedBy": [{"Name": "C-PAC"}, {"Name": "benchmarks/abide_series.py"}],
             "License": "CC BY-NC-SA 3.0",
         },
     )

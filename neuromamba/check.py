@@ -156,16 +156,21 @@ def _check_derivatives(config: Config, dataset: Dataset) -> tuple[list[CheckedRu
 
 def _judge(row: dict[str, Any], config: Config) -> CheckedRun:
     reason, findings = row["reason"], []
+    is_image = row["mask"] is not None
     n_volumes, least = row["n_volumes"], config.volumes.min_volumes
     if reason is None and n_volumes < least:
         reason = f"too few volumes: {row['bold']} has {n_volumes}, volumes.min_volumes is {least}"
     if reason is None and row["confounds"] is None:
         message = f"no confounds table: nothing tells of the motion in {row['bold']}"
+        if not is_image:
+            message = (
+                f"no motion table: none lies beside {row['bold']}; a column mean_fd of the table "
+                "of subjects serves in its place"
+            )
         if config.volumes.denoise.strategy:
             reason = f"{message}, and volumes.denoise.strategy needs it"
         else:
             findings.append(Finding("note", row["run"], message))
-    is_image = row["mask"] is not None
     if reason is None and is_image and not glimpse(row["bold"]).complete:
         message = f"{row['bold']} may be truncated: its length does not fit its header"
         findings.append(Finding("warning", row["run"], f"{message}; try gzip -t"))

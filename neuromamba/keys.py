@@ -178,9 +178,7 @@ class Keys(Inputs):
             case "overview":
                 listed = [one for one in before if one.stage == "excluded"]
                 return [self._key_before(one, code) for one in listed]
-            case "excluded":
-                return self._atlases(before)
-            case "baselines":
+            case "excluded" | "baselines" | "pretrain" | "cell":
                 return self._atlases(before)
             case "finetune" | "evaluate" | "forecast" | "identify" | "explain":
                 made = [one for one in before if one.stage in RESULTS]

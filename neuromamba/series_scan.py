@@ -94,4 +94,5 @@ def _nothing(root: str, dataset: Dataset, every: list[FoundRun]) -> str:
 
 
 def _listed(kinds: Counter[str | None]) -> str:
-    return ", ".join(f"{kind} ({count} files)" for kind, count in kinds.most_common(10))
+    found = sorted(kinds.items(), key=lambda item: (-item[1], str(item[0])))
+    return ", ".join(f"{kind} ({count} files)" for kind, count in found[:10])

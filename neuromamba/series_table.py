@@ -11,15 +11,12 @@ import gzip
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
 
 from neuromamba.files import InputError
-
-if TYPE_CHECKING:
-    from _csv import Reader
 
 MISSING = {"n/a": np.nan, "N/A": np.nan, "NA": np.nan, "": np.nan}
 
@@ -32,9 +29,9 @@ def glimpse_table(path: str) -> tuple[list[str], int]:
     InputError
         When the table cannot be read, is empty or has no names of regions.
     """
-    with _rows(path) as rows:
-        regions = _regions(path, rows)
-        return regions, sum(1 for row in rows if row)
+    with _opened(path) as stream:
+        regions = _regions(path, csv.reader(stream, delimiter="\t"))
+        return regions, sum(1 for line in stream if not line.isspace())
 
 
 def read_table_of_series(path: str) -> tuple[list[str], npt.NDArray[np.float32]]:
@@ -54,7 +51,8 @@ def read_table_of_series(path: str) -> tuple[list[str], npt.NDArray[np.float32]]
         length, or a cell that is neither a number nor missing; with the line.
     """
     values = []
-    with _rows(path) as rows:
+    with _opened(path) as stream:
+        rows = csv.reader(stream, delimiter="\t")
         regions = _regions(path, rows)
         for row in rows:
             if not row:
@@ -71,13 +69,13 @@ def read_table_of_series(path: str) -> tuple[list[str], npt.NDArray[np.float32]]
 
 
 @contextmanager
-def _rows(path: str) -> Iterator[Reader]:
-    """The rows of a table as lists of cells; what cannot be read becomes an `InputError`."""
+def _opened(path: str) -> Iterator[TextIO]:
+    """The text of a table; what cannot be read becomes an `InputError`."""
     try:
         # Some programs begin a text with a mark of its byte order, which is part of no name.
         opener = gzip.open if path.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            yield csv.reader(stream, delimiter="\t")
+            yield stream
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({error}); repair or replace it") from None
 

@@ -41,7 +41,8 @@ def test_every_shipped_dataset_is_valid(base: Path, dataset: str):
 
 
 def test_no_shipped_dataset_is_forgotten(root: Path):
-    assert sorted(SHIPPED) == sorted(p.stem for p in (root / "config/datasets").glob("*.yaml"))
+    shipped = [*SHIPPED, "series"]
+    assert sorted(shipped) == sorted(p.stem for p in (root / "config/datasets").glob("*.yaml"))
 
 
 SIZES = {"small": 128, "base": 192, "5m": 256, "12m": 384, "21m": 512, "47m": 768}
@@ -304,6 +305,13 @@ SERIES = {"derivatives": "data/series", "series": {"segmentation": 400}, "space"
 def config_of_series(**changes: Any) -> dict[str, Any]:
     models = {"m": {"family": "roi_transformer"}}
     return {"datasets": {"s": SERIES, "other": {"derivatives": "x"}}, "models": models, **changes}
+
+
+def test_the_shipped_dataset_of_series_is_valid_with_a_model_of_these(base: Path, tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("{datasets: [series], models: {m: {family: roi_transformer}}}")
+    assert load_config([base, path]).datasets["series"].arrays == ("rois",)
+    assert "needs tokens" in problem(base, "datasets=[series]")
 
 
 def test_what_is_made_of_a_dataset_is_told_by_what_it_consists_of():

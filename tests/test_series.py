@@ -17,6 +17,7 @@ from neuromamba.bids import index_runs
 from neuromamba.bids_scan import find_runs
 from neuromamba.config import Dataset, Rois
 from neuromamba.files import InputError
+from neuromamba.listing import fingerprint
 from neuromamba.series_rois import make_series as make_store
 from neuromamba.series_scan import find_series
 from neuromamba.series_table import glimpse_table, read_table_of_series
@@ -49,6 +50,17 @@ def test_tables_are_found_by_old_and_new_names_and_those_of_confounds_are_not(tm
     ]
     with pytest.raises(InputError, match="no runs: looked for"):
         find_runs(Dataset(derivatives=str(tmp_path)))
+
+
+def test_the_motion_that_xcpd_writes_belongs_to_the_run(tmp_path: Path):
+    series = add_series(tmp_path, "sub-01_task-rest_space-MNI_seg-A_stat-mean", make_series(0))
+    motion = series.with_name("sub-01_task-rest_motion.tsv")
+    motion.write_text("framewise_displacement\n0.1\n")
+    (run,) = find_series(dataset_at(tmp_path))
+    before = fingerprint([run])
+    assert run.confounds == str(motion)
+    motion.write_text("framewise_displacement\n0.2\n")
+    assert fingerprint([run]) != before
 
 
 def test_of_several_segmentations_one_must_be_chosen(tmp_path: Path):

@@ -20,7 +20,7 @@ from neuromamba.keys import Keys
 from neuromamba.layout import Layout
 from neuromamba.report import run_report
 from neuromamba.splits import read_split
-from neuromamba.stages import all_jobs
+from neuromamba.stages import Job, all_jobs, jobs_before
 from neuromamba.states import good_runs
 from neuromamba.tables import read_table
 from neuromamba.verify import run_verify
@@ -100,6 +100,17 @@ def test_the_stages_that_need_no_images_make_all_that_baselines_need(made: Layou
         *STAGES, "pretrain", "finetune", "evaluate", "scores", "report"
     }  # fmt: skip
     assert stale() == []
+
+
+def test_models_of_series_train_on_the_series_of_datasets_with_images_too():
+    models = {"m": {"family": "roi_transformer"}, "t": {"family": "neuromamba"}}
+    config = make_config(datasets={"toy": {"derivatives": "scans"}}).model_dump(mode="json")
+    config = Config.model_validate(config | {"models": models})
+    before = {
+        model: {one.stage for one in jobs_before(config, Job("pretrain", "toy", model=model))}
+        for model in models
+    }
+    assert before == {"m": {"splits", "rois"}, "t": {"splits", "tokens"}}
 
 
 def test_confounds_come_from_the_table_where_no_run_tells_its_motion(made: Layout):
