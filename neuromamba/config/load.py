@@ -191,24 +191,39 @@ def _resolve_names(
 def _explain(error: ValidationError, source: str, files: Mapping[tuple[str, ...], str]) -> str:
     lines = []
     for problem in error.errors():
-        place = [str(part) for part in problem["loc"]]
-        if place[:1] == ["datasets"] and place[2:3] == ["targets"]:
-            del place[4:5]  # the name of the union's member, which is no key of the file
+        whole = [str(part) for part in problem["loc"]]
+        at = _place_of_member(whole)
+        place = whole[:at] + whole[at + 1 :]
         named = next((n for n in (2, 3) if tuple(place[:n]) in files), 0)
         file, keys = files.get(tuple(place[:named])), place[named:]
         if file and keys[:1] in ([section] for section in PER_MODEL):
             file = f"{source} with {file}"  # the key may stand in either
-        lines.append(f"{file or source}: {_explain_one(problem, place, keys)}")
+        lines.append(f"{file or source}: {_explain_one(problem, whole, keys)}")
     return "\n".join(lines)
 
 
-def _explain_one(problem: Any, place: list[str], keys: list[str]) -> str:
+def _place_of_member(place: Sequence[str]) -> int:
+    """Where the name of a union's member stands, which is no key of the file; else the end."""
+    if place[:1] == ["datasets"] and place[2:3] == ["targets"]:
+        return 4
+    studied = place[:2] == ["scaling", "models"]
+    return 3 if studied else 2 if place[:1] == ["models"] else len(place)
+
+
+def _explain_one(problem: Any, whole: list[str], keys: list[str]) -> str:
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
+        known = _known_keys(whole[:-1])
         return f"unknown key {key!r}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
+    if problem["type"].startswith("union_tag"):
+        member = problem["ctx"]["discriminator"].strip("'")
+        key = f"{key}.{member}".lstrip(".")
+        if problem["type"] == "union_tag_not_found":
+            return f"key {key!r} is missing"
+        tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+        return f"{key} (is {tag!r}): must be one of {known}"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     shown = "" if isinstance(value, (Mapping, BaseModel)) else f" (is {value!r})"
@@ -236,6 +251,9 @@ def _follow(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
 
 def _children(schema: dict[str, Any], node: dict[str, Any], part: str) -> list[dict[str, Any]]:
     node = _follow(schema, node)
+    member = node.get("discriminator", {}).get("mapping", {}).get(part)
+    if member:
+        return [{"$ref": member}]
     options = node.get("anyOf", []) + node.get("oneOf", [])
     if options:
         return [child for option in options for child in _children(schema, option, part)]
