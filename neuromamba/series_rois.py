@@ -110,6 +110,7 @@ def make_series(
         entities = entities_of(Path(table).name.partition(".")[0])
         attributes = {
             "atlas": segmentation_of(entities),
+            "atlas_sha256": digest_json(regions),  # all that is known of it are their names
             "atlas_names": "the table's columns",
             **names,
             "space": entities.get("space"),

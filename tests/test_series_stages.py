@@ -90,7 +90,7 @@ def test_the_stages_that_need_no_images_make_all_that_baselines_need(made: Layou
     assert "has 7 cells where line 1 names 6" in excluded["reason"].iloc[1]
     subjects = sorted(name for part in read_split(made.split).values() for name in part)
     assert subjects == [f"sub-{k:02}" for k in range(12)]
-    runs = list_runs(config, "toy", subjects)
+    runs = list_runs(config, "toy", subjects, ["rois"])
     assert list(runs["subject"]) == subjects
     assert set(good_runs(config, "toy")["subject"]) == set(subjects)
     predicted = read_table(made.baselines("sex") / "predictions.tsv")

@@ -12,16 +12,27 @@ import pytest
 import yaml
 from fake_series import DATASET, add_series, make_series, write_dataset
 
+from neuromamba.files import read_json
 from neuromamba.tables import read_table
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 
+STEPS = {"steps": 4, "batch_size": 2, "validate_every": 2, "log_every": 1}
+MODEL = {
+    **{"family": "lmae", "volumes": 20, "patch": 5, "width": 8, "depth": 1, "experts": 2},
+    **{"neighbors": 3, "head_dim": 8, "state": 4, "pretrain": STEPS},
+    "finetune": STEPS | {"evaluation_windows": 1},
+}
 RUN = {
     "datasets": {"toy": DATASET},
-    "models": {"m": {"family": "roi_transformer", "volumes": 20}},
+    "models": {
+        "m": MODEL,
+        "untaught": {"ablation_of": "m", "base": "m", "finetune": {"start": "fresh"}},
+        "plain": {"ablation_of": "m", "experts": 0, "predictor": "mean"},
+    },
     "splits": {"test": 0.4, "validation": 0.2},
-    "evaluate": {"baselines": ["fc"], "inner_folds": 2},
+    "evaluate": {"baselines": ["fc"], "inner_folds": 2, "bootstrap": 50, "permutations": 50},
     "compute": {"device": "cpu"},
 }
 
@@ -76,3 +87,24 @@ def test_a_table_that_is_added_is_read_and_the_baselines_stay(folder: Path, root
     add_series(folder / "data" / "toy", "sub-99_task-rest_seg-Toy", make_series(99))
     planned = planned_jobs(folder, root, "excluded", "baselines")
     assert planned == {"index_dataset": 1, "rois_batch": 1, "list_excluded": 1}
+
+
+def test_ablations_are_made_on_request_and_stand_in_one_table(folder: Path, root: Path):
+    assert "compare_ablations" not in planned_jobs(folder, root, "all")
+    snakemake(folder, root, "ablations")
+    results = folder / "results" / "toy"
+    board = read_table(results / "ablations" / "leaderboard.tsv")
+    models = board[board["kind"] == "model"]
+    assert {name.split(",")[0] for name in models["predictor"]} == {"m", "untaught", "plain"}
+    assert set(board.loc[board["kind"] != "model", "predictor"]) >= {"FC baseline"}
+    tuned = [
+        read_json(results / name / "seed-0" / "finetune" / "sex" / "model.json")
+        for name in ("m", "untaught")
+    ]
+    assert ["pretrained_from" in info for info in tuned] == [True, False]
+    assert not (results / "untaught" / "seed-0" / "pretrain").exists()
+    assert planned_jobs(folder, root, "ablations") == {}
+    snakemake(folder, root, "all")
+    page = (folder / "results" / "report" / "index.html").read_text()
+    assert "untaught" in page
+    assert planned_jobs(folder, root, "all") == {}
