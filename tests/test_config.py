@@ -11,7 +11,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from neuromamba.config import Config, NeuroMamba, build_config, load_config, save_config
+from neuromamba.config import (
+    Config,
+    Lmae,
+    NeuroMamba,
+    RoiTransformer,
+    build_config,
+    load_config,
+    save_config,
+)
 from neuromamba.files import InputError
 from neuromamba.stages import Job, all_jobs, jobs_before
 
@@ -53,11 +61,6 @@ def test_published_sizes(base: Path, size: str):
     name = f"neuromamba-{size}"
     model = load_config([base], [f"models=[{name}]"]).models[name]
     assert (model.width, model.state, model.depth) == (SIZES[size], SIZES[size] // 4, 12)
-
-
-def test_no_shipped_model_is_forgotten(root: Path):
-    shipped = [f"neuromamba-{size}" for size in ["tiny", "tiny-probe", "tiny-adapters", *SIZES]]
-    assert sorted(shipped) == sorted(p.stem for p in (root / "config/models").glob("*.yaml"))
 
 
 def test_a_model_with_a_base_shares_all_but_its_fine_tuning(base: Path, tmp_path: Path):
@@ -193,6 +196,26 @@ def test_the_small_model_names_every_key(root: Path):
     assert NeuroMamba(**written) == NeuroMamba(family="neuromamba")
 
 
+@pytest.mark.parametrize(("name", "family"), [("lmae", Lmae), ("roi-transformer", RoiTransformer)])
+def test_the_models_of_series_name_every_key(root: Path, name: str, family: type[Lmae]):
+    written = yaml.safe_load((root / f"config/models/{name}.yaml").read_text())
+    assert set(written) == set(family.model_fields)
+
+
+def test_every_shipped_model_is_valid(root: Path, base: Path):
+    names = sorted(path.stem for path in (root / "config" / "models").glob("*.yaml"))
+    config = load_config([base], [f"models=[{','.join(names)}]"])
+    assert list(config.models) == names
+    assert set(config.ablations) == {name for name in names if name.startswith("lmae-")} - {
+        "lmae-probe"
+    }
+
+
+def test_the_benchmarks_configs_are_valid(root: Path, base: Path):
+    for path in sorted((root / "benchmarks").glob("*abide*.yaml")):
+        load_config([base, path])
+
+
 def test_a_config_cannot_be_changed(base: Path):
     with pytest.raises(ValidationError):
         load_config([base]).volumes.voxel_size = 3.0  # type: ignore[misc]
@@ -243,7 +266,7 @@ def test_derivatives_of_raw_scans_go_to_the_results_unless_told_otherwise(base: 
         ("volumes.shape=[96, 96, 95]", "tokens.patch (6) must divide"),
         ("splits.test=0.95", "leave subjects to train on"),
         ("pretrain.steps=0", "greater than 0"),
-        ("models=[neuromamba-huge]", "there are: neuromamba-12m"),
+        ("models=[neuromamba-huge]", "neuromamba-12m, neuromamba-21m"),
         ("datasets=[nothing]", "there are: abcd"),
         ("datasets=demo", "must be a list of names"),
         ("models.neuromamba-small.head_dim=48", "must be a multiple of head_dim (48)"),
