@@ -69,8 +69,9 @@ def _lmae(name: str, model: dict[str, Any], size: str) -> str:
     }
     return (
         f"{name} is our reading of the abstract of [@cao2025bridging] ({size}width "
-        f"{model['width']}, {model['depth']} blocks): a masked autoencoder [@he2022mae] of region series, of which "
-        f"stretches of {model['mask_seconds']:g} s, {model['mask_share']:.0%} of the values, were "
+        f"{model['width']}, {model['depth']} blocks): a masked autoencoder [@he2022mae] of region "
+        f"series, of which stretches of {model['mask_seconds']:g} s, {model['mask_share']:.0%} of "
+        "the values, were "
         f"hidden; {mixture}; and {predictors[model['predictor']]} for prediction."
     )
 
