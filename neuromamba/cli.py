@@ -229,6 +229,8 @@ def _add_predict(stages: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stage.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     text = "write a NIfTI map of where each prediction comes from"
     stage.add_argument("--explain", type=Path, metavar="FOLDER", help=text)
+    text = "of a model that reads regions, the atlas that it was trained with: a file or a name"
+    stage.add_argument("--atlas", metavar="ATLAS", help=text)
 
 
 def _add_compare(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

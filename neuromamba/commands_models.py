@@ -211,6 +211,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.any_repetition_time,
         options.device,
         options.explain,
+        options.atlas,
     )
     return 0 if every else 1
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from neuromamba.calibration_file import Level
+from neuromamba.config import RoiModel
 from neuromamba.files import InputError
 from neuromamba.new_scans import NewScan
 from neuromamba.novelty import choose_reference, is_outside, percentile, place
 from neuromamba.observe import Floats, Observed
 from neuromamba.predictor import Predictor
+from neuromamba.resample_time import times_of
 
 FAR = 1.5
 """A repetition time that is as many times longer or shorter than any of the training is refused."""
@@ -25,10 +27,18 @@ MOST_STRAY = 0.2
 """Share of patches outside of all training brains, above the largest of a training run."""
 
 
-def refuse_short(predictor: Predictor, n_volumes: int, what: str) -> None:
+def as_read(predictor: Predictor, n_volumes: int, repetition_time: float) -> int:
+    """How many volumes a model reads of a run, whose series it may bring to another pace."""
+    model = predictor.model
+    if not isinstance(model, RoiModel) or model.repetition_time is None:
+        return n_volumes
+    return len(times_of(n_volumes, repetition_time, model.repetition_time))
+
+
+def refuse_short(predictor: Predictor, n_volumes: int, repetition_time: float, what: str) -> None:
     """Raise `InputError` when a run has fewer volumes than one window, or than training runs."""
     window, least = predictor.model.volumes, predictor.volumes.min_volumes
-    if n_volumes < max(window, least):
+    if n_volumes < least or as_read(predictor, n_volumes, repetition_time) < window:
         raise InputError(
             f"{what}: has {n_volumes} volumes, and the model reads windows of {window} volumes"
             + (f" of runs of at least {least}" if least > window else "")
@@ -53,8 +63,10 @@ def judge_repetition_time(predictor: Predictor, scan: NewScan, any_time: bool) -
     any_time
         Only warn.
     """
-    calibration = predictor.calibration
-    if calibration is None or scan.source is None or predictor.volumes.denoise.repetition_time:
+    calibration, model = predictor.calibration, predictor.model
+    pace = predictor.volumes.denoise.repetition_time
+    pace = pace or (model.repetition_time if isinstance(model, RoiModel) else None)
+    if calibration is None or scan.source is None or pace:
         return []
     low, high = calibration.ranges["repetition_time"]
     time = scan.source.repetition_time

@@ -31,7 +31,7 @@ from neuromamba.new_scans import Asked, NewScan, find_scans
 from neuromamba.observe import Observed, observe_run
 from neuromamba.predicted import Outcome, summarize, tabulate
 from neuromamba.predicted_maps import add_maps, refuse_unmapped
-from neuromamba.predictor import Predictor, open_predictor
+from neuromamba.predictor import Predictor, open_predictor, with_atlas
 from neuromamba.scan_windows import scan_windows
 from neuromamba.tables import write_table
 from neuromamba.volumes import Source
@@ -50,6 +50,7 @@ def run_predict(
     any_repetition_time: bool = False,
     device: str = "auto",
     explain: Path | None = None,
+    atlas: str | None = None,
 ) -> bool:
     """Predict scans, print a summary, and write the table of `predicted` to `output`.
 
@@ -69,6 +70,8 @@ def run_predict(
         Predict also where it is far from those of the training.
     explain
         Folder for a map of each prediction (see `predicted_maps`); by default none is made.
+    atlas
+        File or name of the atlas whose regions the model reads, if it does.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def run_predict(
     """
     if not 0 < confidence < 1:
         raise InputError(f"--confidence {confidence:g}: must be above 0 and below 1, such as 0.9")
-    predictor = open_predictor(model, device)
+    predictor = with_atlas(open_predictor(model, device), atlas)
     found = find_scans(scans, predictor.space, asked or Asked())
     if explain is not None:
         refuse_unmapped(predictor, found, level, explain)
@@ -108,7 +111,8 @@ def predict_scan(predictor: Predictor, scan: NewScan, any_repetition_time: bool)
     if scan.source is None:
         return Outcome(scan, reason=scan.reason)
     try:
-        refuse_short(predictor, scan.n_volumes, str(scan.source.bold))
+        seconds = scan.source.repetition_time
+        refuse_short(predictor, scan.n_volumes, seconds, str(scan.source.bold))
         warnings = judge_repetition_time(predictor, scan, any_repetition_time)
         observed, n_volumes = see(predictor, scan.source)
         warnings += judge_length(predictor, n_volumes)

@@ -147,7 +147,8 @@ def _write(
 
 
 def _masker_of(predictor: Predictor) -> Masker:
-    return choose_masker(predictor.network.needs, predictor.volumes, predictor.tokens, None)
+    needs, atlas = predictor.network.needs, predictor.atlas
+    return choose_masker(needs, predictor.volumes, predictor.tokens, atlas)
 
 
 def _entities(scan: NewScan, level: Level) -> str:

@@ -7,7 +7,7 @@ trained before there were calibrations also needs the `config.yaml` of its resul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from neuromamba.atlases import open_atlas
 from neuromamba.calibration_file import Arrays, Calibration, load_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Compute, Config, Finetune, Model, Tokens, Volumes, load_config
@@ -23,6 +24,7 @@ from neuromamba.heads import HeadedModel, NumberHead, make_unscaled
 from neuromamba.models import build_model
 from neuromamba.novelty import Cloud
 from neuromamba.observe import Grid, patch_grid
+from neuromamba.parcellation import Parcellation
 from neuromamba.pretrain import n_rois_of
 from neuromamba.record import seen_subjects
 from neuromamba.runtime import choose_device
@@ -44,6 +46,9 @@ class Predictor:
         Names of the subjects that it, or what it started from, was trained or chosen on.
     calibration, arrays
         What it knows of itself; `None` and empty for an older model.
+    regions, atlas
+        Of a model of ROI series: what is known of them (see `neuromamba.pretrain.regions_of`), and
+        the atlas by which new scans are summed over them, once `with_atlas` has been given it.
     """
 
     network: HeadedModel
@@ -58,6 +63,8 @@ class Predictor:
     seen: frozenset[str]
     calibration: Calibration | None
     arrays: Arrays
+    regions: Mapping[str, Any] | None = None
+    atlas: Parcellation | None = None
 
     @property
     def grid(self) -> Grid:
@@ -129,7 +136,34 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
         seen=frozenset(seen_subjects(info, info["dataset"])),
         calibration=calibration,
         arrays=arrays,
+        regions=settings.get("regions"),
     )
+
+
+def with_atlas(predictor: Predictor, atlas: str | None) -> Predictor:
+    """The predictor with what it takes to read new scans; only a model of regions takes an atlas.
+
+    Raises
+    ------
+    InputError
+        When there is none, one too many, or another than it was trained with.
+    """
+    regions = predictor.regions
+    if regions is None:
+        if atlas is not None:
+            raise InputError(f"--atlas {atlas}: the model reads no regions; leave it out")
+        return predictor
+    what = f"the {regions['n_rois']} regions of {regions['atlas']}"
+    if atlas is None:
+        raise InputError(f"the model reads the series of {what}: name that atlas by --atlas")
+    found = open_atlas(atlas, predictor.space)
+    if found.sha256 != regions["atlas_sha256"]:
+        raise InputError(
+            f"--atlas {atlas}: the model was trained on the series of {what}, and this is another "
+            "file; give the one that the dataset named as its `atlas`. A model of tables of series "
+            "(`series`) knows no atlas, and so no new scans"
+        )
+    return replace(predictor, atlas=found)
 
 
 def _read(folder: Path) -> dict[str, Any]:

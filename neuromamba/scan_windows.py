@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neuromamba.batches import Windows, make_readers
+from neuromamba.config import Rois
 from neuromamba.files import InputError
-from neuromamba.fitness import refuse_short
+from neuromamba.fitness import as_read, refuse_short
 from neuromamba.layout import Layout
 from neuromamba.predictor import Predictor
+from neuromamba.rois import make_rois
 from neuromamba.runtime import FULL
+from neuromamba.store import READ_VOLUMES
 from neuromamba.tokens import make_tokens
 from neuromamba.volumes import Source, make_volumes
 
@@ -21,28 +24,39 @@ from neuromamba.volumes import Source, make_volumes
 def scan_windows(predictor: Predictor, source: Source) -> Iterator[tuple[Windows, int]]:
     """Prepare one run in a temporary folder, which stays for the length of the block.
 
-    With its windows comes the number of volumes that are left after denoising, in whole time
-    patches.
+    With its windows comes the number of volumes that are left to be read, in whole time patches.
 
     Raises
     ------
     InputError
         When the run cannot be used.
     """
-    tokens, volumes = predictor.tokens, predictor.volumes
+    tokens = predictor.tokens
     with tempfile.TemporaryDirectory(prefix="neuromamba-predict-") as folder:
         layout = Layout(Path(folder), "scan")
-        stores = [layout.array(stage, source.run) for stage in ("volumes", "tokens")]
         try:
-            make_volumes(source, stores[0], volumes, tokens.time_patch)
-            facts = make_tokens(stores[0], stores[1], tokens, volumes.shard_volumes)
+            n_volumes = _prepare(predictor, source, layout)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             raise InputError(
                 f"{folder}: the disk is full; free some space, or set TMPDIR to another folder"
             ) from error
-        n_volumes = facts["n_time_patches"] * tokens.time_patch
-        refuse_short(predictor, n_volumes, f"{source.bold}, after denoising,")
         readers = make_readers(predictor.network, layout, predictor.model, tokens)
         yield Windows({source.subject: [source.run]}, readers), n_volumes
+
+
+def _prepare(predictor: Predictor, source: Source, layout: Layout) -> int:
+    """Make what the model reads of a run; returns how many volumes that has."""
+    tokens, volumes = predictor.tokens, predictor.volumes
+    store = layout.array("volumes", source.run)
+    made = make_volumes(source, store, volumes, tokens.time_patch)
+    seconds = volumes.denoise.repetition_time or source.repetition_time
+    n_volumes = int(made["n_volumes"]) // tokens.time_patch * tokens.time_patch
+    refuse_short(predictor, n_volumes, seconds, f"{source.bold}, after denoising,")
+    if predictor.atlas is None:
+        make_tokens(store, layout.array("tokens", source.run), tokens, volumes.shard_volumes)
+        return n_volumes
+    make_rois(store, layout.array("rois", source.run), predictor.atlas, READ_VOLUMES, Rois())
+    read = as_read(predictor, int(made["n_volumes"]), seconds)
+    return read // tokens.time_patch * tokens.time_patch

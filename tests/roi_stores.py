@@ -11,6 +11,7 @@ import xarray
 import zarr
 
 from neuromamba.config import Config
+from neuromamba.files import digest_file
 from neuromamba.layout import Layout
 from neuromamba.store import finish, new_store
 from neuromamba.tables import write_table
@@ -39,13 +40,13 @@ def write_store(
         finish(zarr.open_group(temporary), attributes)
 
 
-def write_atlas(path: Path) -> None:
+def make_atlas() -> nibabel.Nifti1Image:
     """Twelve regions side by side in a box of MNI space."""
     labels = np.zeros((48, 48, 48), np.int16)
     labels[12:36, 12:36, 12:36] = 1 + np.arange(24)[:, None, None] // 2
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     affine[:3, 3] = -96
-    nibabel.save(nibabel.Nifti1Image(labels, affine), path)
+    return nibabel.Nifti1Image(labels, affine)
 
 
 def make_config(folder: Path, **model: object) -> Config:
@@ -89,7 +90,8 @@ def make_config(folder: Path, **model: object) -> Config:
 
 def write_dataset(folder: Path) -> None:
     """Series, tables and a split: in men one half of the ROIs goes slowly together."""
-    write_atlas(folder / "atlas.nii.gz")
+    nibabel.save(make_atlas(), folder / "atlas.nii.gz")
+    atlas = digest_file(folder / "atlas.nii.gz")
     layout = Layout(folder / "results", "fake")
     names = [f"sub-{number:02d}" for number in range(1, TRAIN + VALIDATION + TEST + 1)]
     runs = [f"{name}_task-rest" for name in names]
@@ -100,7 +102,7 @@ def write_dataset(folder: Path) -> None:
         series = rng.normal(size=(70, N_ROIS))
         slow = np.convolve(rng.normal(size=75), np.ones(6), "valid")
         series[:, : N_ROIS // 2] += slow[:, None] if male else 0.0
-        write_store(layout.array("rois", run), 100 + 5 * series)
+        write_store(layout.array("rois", run), 100 + 5 * series, atlas=atlas)
         people.append((name, "M" if male else "F", age))
     table = pd.DataFrame({"run": runs, "reason": None, "key": runs})
     write_table(layout.index, table.assign(subject=names, repetition_time=2.0))

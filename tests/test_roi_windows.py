@@ -9,18 +9,21 @@ import numpy as np
 import pytest
 import roi_stores
 import torch
-from roi_stores import N_ROIS, make_config, write_dataset, write_store
+from roi_stores import N_ROIS, make_atlas, make_config, write_dataset, write_store
 
 from neuromamba.batches import Windows
 from neuromamba.config import Config, Lmae, RoiTransformer
 from neuromamba.embed import open_embedder, run_embed
+from neuromamba.excerpts import read_series
 from neuromamba.expert_maps import observe_experts, tabulate_experts
 from neuromamba.explain import run_explain
 from neuromamba.explainer import open_windows
 from neuromamba.export import run_export
-from neuromamba.files import InputError, read_json
+from neuromamba.files import InputError, digest_file, read_json
 from neuromamba.finetune import predict_subjects, run_finetune
 from neuromamba.layout import Layout
+from neuromamba.new_scans import Asked
+from neuromamba.predict import run_predict
 from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import run_pretrain
 from neuromamba.pretrained import from_pretrained
@@ -109,7 +112,8 @@ def test_a_model_of_series_learns_what_they_show(trained: Config):
     right = (found["prob_male"].to_numpy() > 0.5) == male
     assert right.mean() >= 0.9
     info = read_json(Layout.of(trained, "fake").finetune("series", 0, "sex") / "model.json")
-    regions = {"atlas": "twelve", "atlas_sha256": "a" * 64, "n_rois": N_ROIS}
+    atlas = digest_file(trained.datasets["fake"].atlas)
+    regions = {"atlas": "twelve", "atlas_sha256": atlas, "n_rois": N_ROIS}
     assert info["settings"]["regions"] == regions
     assert info["files"].keys() >= {"calibration.json"}
 
@@ -189,6 +193,31 @@ def test_weights_of_experts_leave_out_what_a_subject_lacks(tmp_path: Path):
     assert found.over_time[0, :2, 1] == pytest.approx(spread[:2].numpy(), abs=1e-6)
     table = tabulate_experts(["left", "middle", "right"], found, 0)
     assert dict(table.groupby("region")["n"].first()) == {"left": 1, "middle": 2, "right": 1}
+
+
+def test_a_new_scan_is_read_by_the_atlas_of_the_model(trained: Config, tmp_path: Path):
+    folder = Layout.of(trained, "fake").finetune("series", 0, "sex")
+    rois = Layout.of(trained, "fake").array("rois", "sub-31_task-rest")
+    atlas, own = make_atlas(), read_series(rois)
+    labels = np.asarray(atlas.dataobj)
+    painted = np.where(labels[..., None] > 0, own.T[np.maximum(labels, 1) - 1], 0)
+    scan, mask = tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"
+    image = nibabel.Nifti1Image(painted.astype(np.float32), atlas.affine)
+    image.header.set_xyzt_units("mm", "sec")
+    nibabel.save(image, scan)
+    nibabel.save(nibabel.Nifti1Image((labels > 0).astype(np.uint8), atlas.affine), mask)
+    asked = Asked(mask=mask, space="MNI152NLin2009cAsym", repetition_time=2.0)
+    file = trained.datasets["fake"].atlas
+    with pytest.raises(InputError, match="name that atlas by --atlas"):
+        run_predict(folder, [scan], None, asked)
+    nibabel.save(nibabel.Nifti1Image(labels[::-1].copy(), atlas.affine), tmp_path / "a.nii.gz")
+    with pytest.raises(InputError, match="this is another file"):
+        run_predict(folder, [scan], None, asked, atlas=str(tmp_path / "a.nii.gz"))
+    assert run_predict(folder, [scan], tmp_path / "out.tsv", asked, device="cpu", atlas=file)
+    found = read_table(tmp_path / "out.tsv").iloc[0]
+    known = predict_subjects(trained, "fake", "series", 0, "sex", ["sub-31"]).iloc[0]
+    # The table has calibrated probabilities, the evaluation those of the model.
+    assert found["prob_male"] == pytest.approx(known["prob_male"], abs=0.1)
 
 
 def test_series_of_another_atlas_are_refused(tmp_path: Path):
