@@ -238,6 +238,7 @@ def test_its_files_are_those_of_any_fine_tuning(probed):
     assert info["subjects"] == {part: parts[part] for part in ("train", "validation")}
     assert info["settings"]["finetune"] == {
         "mode": "probe",
+        "start": "pretrained",
         "batch_size": 4,
         "evaluation_windows": 3,
     }

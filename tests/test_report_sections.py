@@ -88,8 +88,7 @@ def decode(source: str, shape: tuple[int, int, int]) -> np.ndarray:
 def test_the_viewer_holds_the_mean_volume_and_the_tokens(config: Config) -> None:
     add_tokens(config)
     brain = describe_brain(config, collect_data(config, "toy"))
-    assert brain
-    viewer = brain["viewer"]
+    viewer = brain["volume"]["viewer"]
     assert (viewer["shape"], viewer["edge"], viewer["step"]) == ([12, 12, 12], 6, [8.0] * 3)
     assert viewer["origin"] == [-44.0] * 3
     levels = decode(viewer["anatomy"]["src"], (12, 12, 12))
@@ -143,9 +142,22 @@ def test_maps_stand_beside_what_their_checks_say(config: Config) -> None:
 def test_maps_of_another_grid_are_not_laid_over_the_brain(config: Config) -> None:
     add_maps(config, size=18)
     brain = describe_brain(config, collect_data(config, "toy"))
-    assert brain
-    assert brain["viewer"]["maps"] == []
+    assert brain["volume"]["viewer"]["maps"] == []
     assert "on another grid than the volumes of now" in page_of(config)
+
+
+def test_experts_stand_beside_the_maps_and_both_without_a_volume(config: Config) -> None:
+    folder = add_maps(config)
+    rows = [("R1", 1, 5, 0.7, 0.6, 0.8, 0.2, 0.01), ("R1", 2, 5, 0.3, 0.2, 0.4, -0.2, 0.01)]
+    columns = ["region", "expert", "n", "weight", "weight_low", "weight_high", "excess"]
+    table = pd.DataFrame(rows, columns=[*columns, "over_time"])
+    write_table(folder / "experts.tsv", table)
+    assert "1 R1 0.700 [0.600, 0.800] 0.200 0.010" in page_of(config)
+    layout = Layout(Path(config.results), "toy")
+    shutil.rmtree(layout.root / "volumes")
+    text = page_of(config)
+    assert "There are no volumes of this dataset." in text
+    assert "the regions that set each apart" in text
 
 
 def test_a_broken_map_is_named(config: Config) -> None:
