@@ -180,9 +180,13 @@ def verdict(evaluation: Evaluation, alpha: float = ALPHA) -> str:
     else:
         ahead = (difference > 0) == HIGHER_IS_BETTER[name]
         side = "level" if difference == 0 else "ahead" if ahead else "behind"
+        # An interval over subjects may leave out 0 where the corrected tests, of which one is also
+        # about other training subjects, show nothing.
+        apart = row["low"] > 0 or row["high"] < 0
+        who = "the tests of it" if apart else "these test subjects"
         text = (
-            f"{model} does not beat the FC baseline: it is {side}, by a difference that these "
-            f"test subjects cannot tell from none ({shown})"
+            f"{model} does not beat the FC baseline: it is {side}, by a difference that {who} "
+            f"cannot tell from none ({shown})"
         )
     parts = (_against_confounds(evaluation), _against_guessing(evaluation, alpha))
     return " ".join([f"{text}.", *(part for part in parts if part)])
