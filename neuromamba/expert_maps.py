@@ -63,15 +63,15 @@ def observe_experts(
     device = next(network.parameters()).device
     means, spreads = [], []
     for subject in tqdm(windows.subjects, desc="experts", unit="subject", mininterval=1.0):
-        found, present = [], torch.zeros(0)
+        found, present = [], []
         for batch in windows.batches(windows.spaced(count, [subject]), batch_size):
             weights = network.experts(to_device(batch, device))  # type: ignore[operator]
             if not weights:
                 return None
             found.append(weights["weights"].double().cpu())
-            present = torch.cat([present, batch["present"].double()])
+            present.append(batch["present"].double())
         each = torch.cat(found)  # window, time, region, expert
-        times = present.sum(0)[:, None]  # 0 for a region that the subject lacks
+        times = torch.cat(present).sum(0)[:, None]  # 0 for a region that the subject lacks
         means.append((each.mean(1).sum(0) / times).numpy())
         spreads.append((each.std(1, correction=0).sum(0) / times).numpy())
     return ExpertWeights(np.stack(means), np.stack(spreads))
@@ -110,7 +110,7 @@ def write_experts(
     table = tabulate_experts(masker.atlas.labels, weights, about["seed"])
     write_table(folder / TABLE, table)
     overall = np.nanmean(weights.mean, axis=(0, 1))
-    of_regions = np.nan_to_num(np.nanmean(weights.mean, axis=0), nan=0.0)
+    of_regions = np.ma.masked_invalid(weights.mean).mean(axis=0).filled(0.0)
     painted = {
         f"expert {k + 1}": masker.paint(of_regions[:, k]) for k in range(of_regions.shape[1])
     }

@@ -130,11 +130,11 @@ def run_explain(
     predictor = open_predictor(layout.finetune(model, seed, target), config.compute.device)
     atlas = _atlas_of(config, dataset, predictor)
     ours = config.explain
-    needs = predictor.model.needs
-    names = subjects or subjects_to_explain(config, dataset, needs, ours.subjects)
+    if subjects is None:
+        subjects = subjects_to_explain(config, dataset, predictor.model.needs, ours.subjects)
     count = ours.windows if windows is None else windows
     steps = ours.steps if steps is None else steps
-    explainer, opened = _open(config, dataset, predictor, atlas, names, steps, count, of_class)
+    explainer, opened = _open(config, dataset, predictor, atlas, subjects, steps, count, of_class)
     study = Study(
         explainer,
         opened,

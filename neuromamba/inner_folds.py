@@ -45,23 +45,7 @@ def class_folds(
 def grouped_folds(
     labels: npt.ArrayLike, people: Sequence[str], folds: int, seed: int
 ) -> Splits | None:
-    """Folds in which all samples of a subject are together, with each class about as often.
-
-    Parameters
-    ----------
-    labels
-        (sample,) numbers of the classes.
-    people
-        (sample,) names of the subjects.
-    folds, seed
-        At most so many folds, and what seeds them.
-
-    Returns
-    -------
-    list or None
-        As many folds as there can be where each fits and scores all classes; `None` when not even
-        two can.
-    """
+    """`class_folds` of subjects with several samples, each fold fitting and scoring all classes."""
     y = np.asarray(labels)
     classes, names = np.unique(y), np.asarray(people)
     fewest = min(len(np.unique(names[y == k])) for k in classes)

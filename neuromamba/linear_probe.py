@@ -13,10 +13,10 @@ import numpy.typing as npt
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.utils.class_weight import compute_sample_weight
 
-from neuromamba.inner_folds import Splits, grouped_folds
+from neuromamba.inner_folds import Splits, class_folds
 
 PENALTIES = np.logspace(-3, 4, 8)
 """Inverse penalty (`C`) of features whose squares sum to 1 in a subject, on average."""
@@ -73,7 +73,7 @@ def fit_classes(
     present, y = np.unique(labels, return_inverse=True)
     # Weights that were given to the search would also weight the AUROC that chooses.
     model, chosen, score = LogisticRegression(class_weight="balanced", max_iter=5000), 1.0, None
-    inner = _inner(y, min(folds, int(np.bincount(y).min())), seed, people)
+    inner = class_folds(y, people, folds, seed)
     folds = 0 if inner is None else len(inner)
     slope, offset = 1.0, 0.0
     if inner is not None:
@@ -90,16 +90,6 @@ def fit_classes(
     weights, biases = np.zeros((outputs, x.shape[1])), np.full(outputs, NEVER)
     weights[present], biases[present] = lines, bias
     return Linear(weights, biases, float(chosen), folds, score)
-
-
-def _inner(y: Labels, folds: int, seed: int, people: Sequence[str] | None) -> Splits | None:
-    """The inner folds, where there can be two."""
-    if people is not None and len(set(people)) < len(people):
-        return grouped_folds(y, people, folds, seed)
-    if folds < 2:
-        return None
-    inner = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    return list(inner.split(y, y))
 
 
 def fit_number(x: Floats, z: Floats, folds: int, seed: int) -> Linear:

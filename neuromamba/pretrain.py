@@ -135,16 +135,31 @@ def n_rois_of(settings: Mapping[str, Any]) -> int:
 
 
 def regions_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, Any] | None:
-    """Which regions a model reads the series of, by the first of some runs, JSON-able.
+    """Which regions a model reads the series of, by a run of each dataset, JSON-able.
 
     `None` for a model that reads none.
+
+    Raises
+    ------
+    InputError
+        When the datasets of a mixture have series of different regions.
     """
-    run = next(iter(runs), None)
-    if "rois" not in model.needs or run is None:
+    one_of = {run.rpartition("/")[0]: run for run in runs}
+    if "rois" not in model.needs or not one_of:
         return None
-    known = read_regions(layout.array("rois", run))
-    count = int(known["n_rois"]) + int(known["n_missing"])
-    return {"atlas": known["atlas"], "atlas_sha256": known["atlas_sha256"], "n_rois": count}
+    found = {}
+    for name, run in one_of.items():
+        known = read_regions(layout.array("rois", run))
+        count = int(known["n_rois"]) + int(known["n_missing"])
+        found[name] = (known["atlas"], known["atlas_sha256"], count)
+    first, *others = found
+    for other in others:
+        if found[other][1:] != found[first][1:]:
+            raise InputError(
+                f"dataset {first} has series of the regions of {found[first][0]}, {other} of those "
+                f"of {found[other][0]}: give both the same `atlas`, or leave one out of the mixture"
+            )
+    return dict(zip(("atlas", "atlas_sha256", "n_rois"), found[first], strict=True))
 
 
 def make_settings(

@@ -109,7 +109,6 @@ def describe(config: Config, found: Sequence[Found]) -> dict[str, Any]:
     """Everything that the page's template shows."""
     datasets = [_describe_dataset(config, of) for of in found]
     trainings = [training for of in found for training in of.trainings]
-    pretrained = [training for of in found for training in of.pretrained]
     benchmarks = read_benchmarks(config)
     studies = {
         "scaling": describe_scaling(config),
@@ -120,7 +119,7 @@ def describe(config: Config, found: Sequence[Found]) -> dict[str, Any]:
     return {
         "datasets": datasets,
         "config": config,
-        "models": describe_models(config, pretrained),
+        "models": describe_models(config, trainings),
         "studies": studies,
         "jobs": describe_jobs(benchmarks),
         "efforts": describe_efforts(trainings),

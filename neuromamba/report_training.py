@@ -77,15 +77,24 @@ def draw_curves(trainings: Sequence[Training]) -> dict[str, str | None]:
 
 
 def describe_models(config: Config, trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """Models of the config, with the number of parameters of what was trained."""
-    found = {training.model: training.info.get("parameters") for training in trainings}
+    """Models of the config, with the number of parameters of what was pretrained.
+
+    Ablations, which are made on request alone, are among them once they have been trained.
+    """
+    trained = {training.model for training in trainings}
+    parameters = {
+        training.model: training.info.get("parameters")
+        for training in trainings
+        if training.stage == "pretrain"
+    }
     hidden = {"base", "ablation_of", "pretrain", "finetune", "family"}
     return [
         {
             "name": name,
             "settings": model,
-            "parameters": found.get(model.base or name),
+            "parameters": parameters.get(model.base or name),
             "keys": model.model_dump(mode="json", exclude=hidden),
         }
         for name, model in config.models.items()
+        if name in trained or name not in config.ablations
     ]

@@ -52,11 +52,10 @@ def _prepare(predictor: Predictor, source: Source, layout: Layout) -> int:
     store = layout.array("volumes", source.run)
     made = make_volumes(source, store, volumes, tokens.time_patch)
     seconds = volumes.denoise.repetition_time or source.repetition_time
-    n_volumes = int(made["n_volumes"]) // tokens.time_patch * tokens.time_patch
+    n_volumes = int(made["n_volumes"])
     refuse_short(predictor, n_volumes, seconds, f"{source.bold}, after denoising,")
     if predictor.atlas is None:
         make_tokens(store, layout.array("tokens", source.run), tokens, volumes.shard_volumes)
-        return n_volumes
-    make_rois(store, layout.array("rois", source.run), predictor.atlas, READ_VOLUMES, Rois())
-    read = as_read(predictor, int(made["n_volumes"]), seconds)
-    return read // tokens.time_patch * tokens.time_patch
+    else:
+        make_rois(store, layout.array("rois", source.run), predictor.atlas, READ_VOLUMES, Rois())
+    return as_read(predictor, n_volumes, seconds) // tokens.time_patch * tokens.time_patch

@@ -244,8 +244,7 @@ def _scored(config: Config) -> list[Job]:
     return [
         Job("scores", name, model=model, seed=seed)
         for name in config.datasets
-        for model in config.models
-        if model not in config.ablations
+        for model in config.whole_models
         for seed in config.seeds
     ]
 

@@ -66,7 +66,7 @@ def rows(batch: Batch, which: slice | list[int]) -> Batch:
     return {name: value[which] for name, value in batch.items()}
 
 
-def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

@@ -212,8 +212,12 @@ def test_every_shipped_model_is_valid(root: Path, base: Path):
 
 
 def test_the_benchmarks_configs_are_valid(root: Path, base: Path):
-    for path in sorted((root / "benchmarks").glob("*abide*.yaml")):
-        load_config([base, path])
+    found = {path.stem: load_config([base, path]) for path in (root / "benchmarks").glob("*.yaml")}
+    assert set(found) == {"abide_series", "painted_abide", "painted_abide_folds"}
+    for config in found.values():
+        assert "fc" in config.evaluate.baselines
+        assert all(dataset.targets for dataset in config.datasets.values())
+    assert found["abide_series"].ablations
 
 
 def test_a_config_cannot_be_changed(base: Path):
@@ -370,5 +374,16 @@ def test_what_needs_images_is_refused_for_series(changes: dict[str, Any], words:
         build_config(config_of_series(**changes), "config", "test")
 
 
+def test_states_are_told_of_volumes_as_they_were_scanned():
+    states = {"task": {"kind": "state", "classes": {"rest": "rest", "move": "move"}}}
+    dataset = {"d": {"derivatives": "data", "targets": states}}
+    raw = {"datasets": dataset, "models": {"m": {"family": "lmae"}}}
+    with pytest.raises(InputError, match=r"models\.m\.repetition_time is 2 s.*set .* to null"):
+        build_config(raw, "config", "test")
+    raw["models"] = {"m": {"family": "lmae", "repetition_time": None}}
+    assert build_config(raw, "config", "test").models["m"].repetition_time is None
+
+
 def test_settings_of_quality_that_leave_out_nobody_do_not_matter_to_series():
-    build_config(config_of_series(qc={"outlier": 5, "pages": False}), "config", "test")
+    config = build_config(config_of_series(qc={"outlier": 5, "pages": False}), "config", "test")
+    assert config.qc.outlier == 5

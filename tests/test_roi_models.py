@@ -7,7 +7,7 @@ import torch
 from small_roi_models import (
     ROIS,
     SCALARS,
-    close,
+    assert_close,
     every_model,
     lmae,
     make_batch,
@@ -52,24 +52,24 @@ def test_batch_mates_have_no_influence(make) -> None:
     losses = model.loss(batch)
     each = [model.loss(rows(batch, [k])) for k in range(4)]
     for k in range(4):
-        close({"": embeddings[k : k + 1]}, {"": model.embed(rows(batch, [k]))})
+        assert_close({"": embeddings[k : k + 1]}, {"": model.embed(rows(batch, [k]))})
     for name in ("loss", "mse_model", "mse_mean", "mse_interpolation"):
-        close({name: losses[name]}, {name: torch.stack([one[name] for one in each]).mean()})
+        assert_close({name: losses[name]}, {name: torch.stack([one[name] for one in each]).mean()})
 
 
 @every_model
 def test_the_loss_of_a_batch_is_the_mean_of_its_halves(make) -> None:
     model, batch = make().eval(), make_batch()
     first, second = model.loss(rows(batch, slice(2))), model.loss(rows(batch, slice(2, 4)))
-    close({"": model.loss(batch)["loss"]}, {"": (first["loss"] + second["loss"]) / 2})
+    assert_close({"": model.loss(batch)["loss"]}, {"": (first["loss"] + second["loss"]) / 2})
 
 
 @every_model
 def test_missing_rois_have_no_influence(make) -> None:
     model, batch = make().eval(), make_batch()
     other = {**batch, "rois": torch.where(batch["present"][:, None], batch["rois"], torch.nan)}
-    close({"": model.embed(batch)}, {"": model.embed(other)})
-    close(model.loss(batch), model.loss(other))
+    assert_close({"": model.embed(batch)}, {"": model.embed(other)})
+    assert_close(model.loss(batch), model.loss(other))
 
 
 @every_model
@@ -81,8 +81,8 @@ def test_nothing_that_was_learnt_of_a_missing_roi_has_influence(make) -> None:
         for parameter in model.parameters():
             if parameter.shape[0] == ROIS:
                 parameter[missing] += 3
-    close({"": embedding}, {"": model.embed(batch)})
-    close(losses, model.loss(batch))
+    assert_close({"": embedding}, {"": model.embed(batch)})
+    assert_close(losses, model.loss(batch))
 
 
 @every_model

@@ -25,7 +25,7 @@ from neuromamba.layout import Layout
 from neuromamba.new_scans import Asked
 from neuromamba.predict import run_predict
 from neuromamba.predictor import open_predictor
-from neuromamba.pretrain import run_pretrain
+from neuromamba.pretrain import regions_of, run_pretrain
 from neuromamba.pretrained import from_pretrained
 from neuromamba.report_brain import describe_experts
 from neuromamba.roi_windows import RoiWindows
@@ -218,6 +218,17 @@ def test_a_new_scan_is_read_by_the_atlas_of_the_model(trained: Config, tmp_path:
     known = predict_subjects(trained, "fake", "series", 0, "sex", ["sub-31"]).iloc[0]
     # The table has calibrated probabilities, the evaluation those of the model.
     assert found["prob_male"] == pytest.approx(known["prob_male"], abs=0.1)
+
+
+def test_a_mixture_is_of_one_atlas(tmp_path: Path):
+    series = np.random.default_rng(0).normal(size=(30, 3))
+    layout, model = Layout(tmp_path, "both"), Lmae(family="lmae")
+    for name, atlas in (("one", "a"), ("two", "a"), ("three", "b")):
+        write_store(layout.array("rois", f"{name}/run"), series, atlas=atlas * 64)
+    found = regions_of(layout, model, ["one/run", "two/run"])
+    assert found == {"atlas": "twelve", "atlas_sha256": "a" * 64, "n_rois": 3}
+    with pytest.raises(InputError, match=r"dataset one has series .* give both the same"):
+        regions_of(layout, model, ["one/run", "three/run"])
 
 
 def test_series_of_another_atlas_are_refused(tmp_path: Path):

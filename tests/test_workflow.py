@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from workflows import announced_jobs, printed, run_snakemake
 
 from neuromamba.demo import write_demo
 from neuromamba.tables import read_table
@@ -22,22 +22,12 @@ pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 def snakemake(
     folder: Path, root: Path, target: str, *options: str
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(root / "Snakefile")]
-    command += ["--directory", str(folder), "--cores", "2", "--configfile", "tiny.yaml"]
-    return subprocess.run(
-        [*command, *options], cwd=folder, capture_output=True, text=True, check=False
-    )
+    return run_snakemake(folder, root, "tiny.yaml", target, *options)
 
 
 def planned_jobs(folder: Path, root: Path, *arguments: str) -> dict[str, int]:
     """How many jobs of each rule a dry run announces."""
-    done = snakemake(folder, root, "all", "--dry-run", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = done.stdout + done.stderr
-    if "Nothing to be done" in text:
-        return {}
-    table = text.split("Job stats:")[1].split("total")[0]
-    return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+    return announced_jobs(printed(snakemake(folder, root, "all", "--dry-run", *arguments)))
 
 
 @pytest.fixture(scope="module")

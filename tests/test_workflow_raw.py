@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import xarray
 import yaml
 from fake_heads import SIZE, SPACE, write_subject, write_template
+from workflows import announced_jobs, printed, run_snakemake
 
 from neuromamba.tables import read_table
 
@@ -21,20 +19,12 @@ pytest.importorskip("ants", reason="the ants extra is not installed")
 
 
 def snakemake(folder: Path, root: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "snakemake", "overview", "anat", *options]
-    command += ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
-    command += ["--cores", "2", "--configfile", "raw.yaml"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return printed(run_snakemake(folder, root, "raw.yaml", "overview", "anat", *options))
 
 
 def planned_jobs(folder: Path, root: Path, *options: str) -> dict[str, int]:
-    text = snakemake(folder, root, "--dry-run", *options)
-    if "Nothing to be done" in text:
-        return {}
-    table = text.split("Job stats:")[1].split("total")[0]
-    return {rule: int(n) for rule, n in re.findall(r"^(\w+_\w+) +(\d+)$", table, re.MULTILINE)}
+    jobs = announced_jobs(snakemake(folder, root, "--dry-run", *options))
+    return {rule: n for rule, n in jobs.items() if "_" in rule}
 
 
 def add_subject(raw: Path, name: str) -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from fake_series import DATASET, add_series, make_series, write_dataset
+from workflows import announced_jobs, printed, run_snakemake
 
 from neuromamba.files import read_json
 from neuromamba.tables import read_table
@@ -38,23 +36,13 @@ RUN = {
 
 
 def snakemake(folder: Path, root: Path, *arguments: str) -> str:
-    """What Snakemake printed."""
-    command = [sys.executable, "-m", "snakemake", *arguments]
-    command += ["--snakefile", str(root / "Snakefile"), "--directory", str(folder)]
-    command += ["--cores", "2", "--configfile", "run.yaml"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return printed(run_snakemake(folder, root, "run.yaml", *arguments))
 
 
 def planned_jobs(folder: Path, root: Path, *targets: str) -> dict[str, int]:
     """How many jobs of each rule a dry run announces, but for the targets' own."""
-    text = snakemake(folder, root, *targets, "--dry-run")
-    if "Nothing to be done" in text:
-        return {}
-    table = text.split("Job stats:")[1].split("total")[0]
-    found = re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)
-    return {rule: int(n) for rule, n in found if rule not in targets}
+    jobs = announced_jobs(snakemake(folder, root, *targets, "--dry-run"))
+    return {rule: n for rule, n in jobs.items() if rule not in targets}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from neuromamba.config.data import Qc, Rois, Volumes
 from neuromamba.config.dataset import Dataset
-from neuromamba.config.models import Model
+from neuromamba.config.models import Model, RoiModel
 
 
 def refuse_what_needs_images(
@@ -53,6 +53,29 @@ def refuse_what_needs_images(
                 )
 
 
+def refuse_resampled_states(
+    datasets: Mapping[str, Dataset], models: Sequence[tuple[str, Model]]
+) -> None:
+    """Refuse models that resample the series of runs whose events tell the state of each volume.
+
+    Raises
+    ------
+    ValueError
+        Naming the dataset, the model, and what to do.
+    """
+    for name, dataset in datasets.items():
+        for place, model in models:
+            if not dataset.state_targets or not isinstance(model, RoiModel):
+                continue
+            if model.repetition_time is not None:
+                raise ValueError(
+                    f"{place}.repetition_time is {model.repetition_time:g} s, and dataset {name} "
+                    f"has the state {next(iter(dataset.state_targets))!r} among its targets, "
+                    "which is told of volumes as they were scanned: set repetition_time to null, "
+                    "or remove the target"
+                )
+
+
 def _of_images(qc: Qc, volumes: Volumes, rois: Rois) -> list[str]:
     """The settings that judge or change images, where they do anything."""
     rules = [key for key, field in Qc.model_fields.items() if field.default is None]
@@ -62,3 +85,57 @@ def _of_images(qc: Qc, volumes: Volumes, rois: Rois) -> list[str]:
     if rois.min_coverage > 0:
         asked.append("rois.min_coverage")
     return asked
+
+
+def refuse_wrong_bases(models: Mapping[str, Model], studied: Mapping[str, Model]) -> None:
+    """Refuse a `base` that has no such pretraining as the model needs.
+
+    Parameters
+    ----------
+    models, studied
+        By name, those of the run and those of the scaling study.
+
+    Raises
+    ------
+    ValueError
+        Naming the model, what is wrong, and what to do.
+    """
+    for name, model in studied.items():
+        if model.base is not None:
+            raise ValueError(
+                f"scaling.models.{name} has a base ({model.base}), and so no pretraining of "
+                "its own that could be studied"
+            )
+    for name, model in models.items():
+        if model.base is None:
+            if model.finetune.start == "fresh":
+                raise ValueError(
+                    f"models.{name}.finetune.start is fresh, so a pretraining of its own would be "
+                    "for nothing; name a `base` whose pretraining it leaves out"
+                )
+            continue
+        base = models.get(model.base)
+        if base is None or base.base is not None:
+            raise ValueError(
+                f"models.{name}.base is {model.base!r}, which must be one of `models` "
+                f"({', '.join(models)}), with a pretraining of its own"
+            )
+        apart = {"base", "ablation_of", "finetune"}
+        if base.model_dump(exclude=apart) != model.model_dump(exclude=apart):
+            raise ValueError(
+                f"models.{name} has {model.base} as its base and may differ from it in "
+                "`finetune` alone"
+            )
+
+
+def refuse_wrong_ablations(models: Mapping[str, Model]) -> None:
+    """Refuse an `ablation_of` what is no whole model; parameter and error as above."""
+    for name, model in models.items():
+        if model.ablation_of is None:
+            continue
+        whole = models.get(model.ablation_of)
+        if whole is None or whole.ablation_of:
+            raise ValueError(
+                f"models.{name}.ablation_of is {model.ablation_of!r}, which must be one of "
+                f"`models` ({', '.join(models)}), and no ablation itself"
+            )

@@ -15,10 +15,23 @@ from neuromamba.config.data import Name, Section
 from neuromamba.config.training import Finetune, Pretrain
 
 
-class NeuroMamba(Section):
+class Family(Section):
+    """What the models of all families have in common; `forecasts` tells which can make them."""
+
+    needs: ClassVar[tuple[str, ...]]
+    forecasts: ClassVar[bool] = False
+
+    base: Name | None = None
+    ablation_of: Name | None = None
+    pretrain: Pretrain = Pretrain()
+    finetune: Finetune = Finetune()
+
+
+class NeuroMamba(Family):
     """Next-patch prediction by Mamba-2 blocks over brain tokens."""
 
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    forecasts: ClassVar[bool] = True
 
     family: Literal["neuromamba"]
     width: PositiveInt = 128
@@ -37,10 +50,6 @@ class NeuroMamba(Section):
     parametrization: Literal["mup", "standard"] = "mup"
     base_width: PositiveInt = 128
     checkpoint_blocks: bool = False
-    base: Name | None = None
-    ablation_of: Name | None = None
-    pretrain: Pretrain = Pretrain()
-    finetune: Finetune = Finetune()
 
     @model_validator(mode="after")
     def _heads_fill_the_width(self) -> NeuroMamba:
@@ -54,7 +63,7 @@ class NeuroMamba(Section):
         return self
 
 
-class RoiModel(Section):
+class RoiModel(Family):
     """What models of ROI series have in common.
 
     A window is `volumes` long after the series were brought to `repetition_time` (in s; without
@@ -67,10 +76,6 @@ class RoiModel(Section):
     repetition_time: PositiveFloat | None = 2.0
     patch: PositiveInt = 10
     width: PositiveInt = 64
-    base: Name | None = None
-    ablation_of: Name | None = None
-    pretrain: Pretrain = Pretrain()
-    finetune: Finetune = Finetune()
 
     @model_validator(mode="after")
     def _patches_fill_the_window(self) -> RoiModel:

@@ -11,7 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
-from neuromamba.config.checks import refuse_what_needs_images
+from neuromamba.config.checks import (
+    refuse_resampled_states,
+    refuse_what_needs_images,
+    refuse_wrong_ablations,
+    refuse_wrong_bases,
+)
 from neuromamba.config.data import (
     Folder,
     Fraction,
@@ -146,7 +151,7 @@ class Config(Section):
             When the losses of its models are of different things.
         """
         models = self.scaling.models or {
-            name: model for name, model in self.pretrained_models.items() if not model.ablation_of
+            name: model for name, model in self.whole_models.items() if model.base is None
         }
         alike = ("family", "volumes", "normalization", "order", "target", "objective", "mixture")
         for key in alike:
@@ -172,6 +177,11 @@ class Config(Section):
         """The models that are another without something: made and compared on request alone."""
         return {name: model for name, model in self.models.items() if model.ablation_of}
 
+    @property
+    def whole_models(self) -> dict[str, Model]:
+        """The models that are no ablation of another."""
+        return {name: model for name, model in self.models.items() if not model.ablation_of}
+
     def pretraining_of(self, dataset: str, model: str) -> tuple[str, str]:
         """The pretraining that a model of a dataset starts from: dataset or mixture, and model."""
         return self.models[model].pretrain.mixture or dataset, self.models[model].base or model
@@ -196,9 +206,10 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _series_are_asked_for_no_images(self) -> Config:
+    def _datasets_serve_the_models(self) -> Config:
         sections = (self.qc, self.volumes, self.rois)
         refuse_what_needs_images(self.datasets, self._every_model(), *sections)
+        refuse_resampled_states(self.datasets, self._every_model())
         return self
 
     @model_validator(mode="after")
@@ -236,51 +247,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _bases_pretrain(self) -> Config:
-        for name, model in (self.scaling.models or {}).items():
-            if model.base is not None:
-                raise ValueError(
-                    f"scaling.models.{name} has a base ({model.base}), and so no pretraining of "
-                    "its own that could be studied"
-                )
-        for name, model in self.models.items():
-            if model.base is None:
-                continue
-            base = self.models.get(model.base)
-            if base is None or base.base is not None:
-                raise ValueError(
-                    f"models.{name}.base is {model.base!r}, which must be one of `models` "
-                    f"({', '.join(self.models)}), with a pretraining of its own"
-                )
-            apart = {"base", "ablation_of", "finetune"}
-            if base.model_dump(exclude=apart) != model.model_dump(exclude=apart):
-                raise ValueError(
-                    f"models.{name} has {model.base} as its base and may differ from it in "
-                    "`finetune` alone"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _ablations_are_of_models(self) -> Config:
-        for name, model in self.models.items():
-            whole = self.models.get(model.ablation_of or name)
-            if whole is None or (model.ablation_of and whole.ablation_of):
-                raise ValueError(
-                    f"models.{name}.ablation_of is {model.ablation_of!r}, which must be one of "
-                    f"`models` ({', '.join(self.models)}), and no ablation itself"
-                )
-            if model.base in self.ablations and not model.ablation_of:
-                raise ValueError(
-                    f"models.{name}.base is the ablation {model.base}, which is made on request "
-                    "alone; take another, or make this an ablation too"
-                )
-            if model.finetune.start == "fresh" and model.base is None:
-                raise ValueError(
-                    f"models.{name}.finetune.start is fresh, so a pretraining of its own would be "
-                    "for nothing; name a `base` whose pretraining it leaves out"
-                )
-        if self.models and len(self.ablations) == len(self.models):
-            raise ValueError("models has ablations alone; add the model that they are of")
+    def _models_that_take_over_others_can(self) -> Config:
+        refuse_wrong_bases(self.models, self.scaling.models or {})
+        refuse_wrong_ablations(self.models)
         return self
 
     @model_validator(mode="after")

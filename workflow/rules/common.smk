@@ -63,7 +63,9 @@ RUN = f"--config {ROOT}/config.yaml --dataset {{dataset}}"
 TRAINING = f"{RUN} --model {{model}} --seed {{seed}}"
 # Of a cross-validation each fold has a folder and jobs of its own: `{fold}` is then like `/fold-0`.
 FOLDS = [os.sep + name if name else "" for name in CONFIG.splits.names]
-SCALING = sorted(CONFIG.scaling.models or CONFIG.pretrained_models)
+# Those with a pretraining of their own, which studies of pretrained models are of.
+PRETRAINED = [name for name, one in CONFIG.whole_models.items() if one.base is None]
+SCALING = sorted(CONFIG.scaling.models or PRETRAINED)
 # The rule that runs the jobs of each stage of `neuromamba.stages`.
 RULES = {
     "preprocess": "preprocess_subject",
