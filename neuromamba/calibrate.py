@@ -159,9 +159,10 @@ def learn(
         units = {part: _units(rows, level) for part, rows in observed.items()}
         levels[level], cloud = learn_level(units["train"], units["validation"], labels, classes)
         if cloud is not None:
-            arrays |= {f"{level}.mean": cloud.mean, f"{level}.covariance": cloud.covariance}
+            parts = {name: values.astype(np.float32) for name, values in vars(cloud).items()}
+            arrays |= {f"{level}.{name}": values for name, values in parts.items()}
     calibration = Calibration(
-        format=1,
+        format=2,
         weights=info["files"]["model.safetensors"],
         dataset=dataset,
         target=info["target"],

@@ -26,8 +26,9 @@ VALUE = "value"
 Level = Literal["run", "subject"]
 LEVELS: tuple[Level, ...] = ("run", "subject")
 Arrays = dict[str, np.ndarray]
-"""`{level}.mean` and `{level}.covariance` of the features of training subjects, where these are
-enough, and `patches` (x, y, z): the share of their runs that has each one."""
+"""`{level}.mean`, `.basis`, `.variances` and `.rest` of the features of training subjects (see
+`novelty.Cloud`), float32, where these are enough, and `patches` (x, y, z): the share of their runs
+that has each one."""
 
 
 class _Frozen(BaseModel):
@@ -75,7 +76,7 @@ class Calibration(_Frozen):
         By `run` and by `subject`.
     """
 
-    format: Literal[1]
+    format: Literal[2]
     weights: str
     dataset: str
     target: str

@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 import scipy
 from nilearn.signal import clean
-from scipy.interpolate import CubicSpline
 
 from neuromamba.config import Denoise
 from neuromamba.confounds import Confounds, no_confounds, read_confounds, sidecar_of
@@ -163,7 +162,7 @@ class Denoiser:
         gaps = np.setdiff1d(np.arange(len(values)), self._kept)
         if len(gaps) and values.shape[1]:
             values = values.copy()
-            values[gaps] = CubicSpline(self._kept, values[self._kept])(gaps)
+            values[gaps] = scipy.interpolate.CubicSpline(self._kept, values[self._kept])(gaps)
         return values
 
     def _clean(self, values: Series, confounds: Series | None) -> Series:
@@ -188,7 +187,7 @@ class Denoiser:
     def _resample(self, values: Series) -> Series:
         grid = np.arange(self._stop - self._first)
         if len(values) < len(grid):
-            values = CubicSpline(self._kept, values)(grid)
+            values = scipy.interpolate.CubicSpline(self._kept, values)(grid)
         return resample_time(values, self._old, self._new, self._wanted)
 
     def _record(self, header: Header, found: Confounds, rank: int, dof: int) -> dict[str, Any]:

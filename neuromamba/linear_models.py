@@ -27,21 +27,21 @@ Sources: He et al. 2020 (doi:10.1016/j.neuroimage.2019.116276) for the kernel; S
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, softmax
-from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.calibration import CalibratedClassifierCV
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC, SVR
 
-from neuromamba.inner_folds import class_folds
+from neuromamba.inner_folds import Splits, class_folds
+from neuromamba.platt import fit_sigmoids
 from neuromamba.weighted_metrics import mean_auroc
 
 PENALTIES = np.logspace(-3, 4, 8)
@@ -83,6 +83,23 @@ class RegressOut(TransformerMixin, BaseEstimator):
         cut = x.shape[1] - self.n_confounds
         centred = x - self.mean_
         return centred[:, :cut], centred[:, cut:]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A classifier and the sigmoids of its decision values, see `platt.fit_sigmoids`."""
+
+    model: Pipeline
+    slope: Matrix
+    offset: Matrix
+
+    def predict_proba(self, x: Matrix) -> Matrix:
+        """(subject, class) probabilities; of more than two classes the sigmoids over their sum."""
+        decision = np.asarray(self.model.decision_function(x)).reshape(len(x), -1)
+        share = expit(decision * self.slope + self.offset)
+        if share.shape[1] == 1:
+            return np.hstack([1 - share, share])
+        return np.asarray(share / share.sum(axis=1, keepdims=True))
 
 
 def rotate(
@@ -248,18 +265,10 @@ def _choose(
     return search.best_estimator_, 1 / found if by_alpha else found
 
 
-def _calibrate(model: Pipeline, x: Matrix, labels: npt.NDArray[np.int64], inner: Any) -> Any:
+def _calibrate(model: Pipeline, x: Matrix, labels: npt.NDArray[np.int64], inner: Splits) -> Any:
     """The model with Platt's sigmoid; itself where that would turn the order of its scores."""
-    calibrated = CalibratedClassifierCV(clone(model), method="sigmoid", cv=inner, ensemble=False)
-    # Weights, or else the sigmoid would undo the balance of the classes.
-    weight = (len(labels) / np.bincount(labels))[labels]
-    with warnings.catch_warnings():
-        # They are for the sigmoid alone: the model balances its classes itself.
-        warnings.filterwarnings("ignore", "Since Pipeline does not appear to accept")
-        calibrated.fit(x, labels, sample_weight=weight / weight.mean())
-    # P = 1 / (1 + exp(a score + b)): a slope that is not negative was fitted to noise.
-    slopes = [each.a_ for each in calibrated.calibrated_classifiers_[0].calibrators]
-    return calibrated if max(slopes) < 0 else model
+    found = fit_sigmoids(model, x, labels, inner)
+    return model if found is None else Calibrated(model, *found)
 
 
 def _auroc(model: Any, x: Matrix, y: npt.NDArray[np.int64]) -> float:

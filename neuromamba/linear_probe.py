@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.base import clone
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, KFold
-from sklearn.utils.class_weight import compute_sample_weight
 
-from neuromamba.inner_folds import Splits, class_folds
+from neuromamba.inner_folds import class_folds
+from neuromamba.platt import fit_sigmoids
 
 PENALTIES = np.logspace(-3, 4, 8)
 """Inverse penalty (`C`) of features whose squares sum to 1 in a subject, on average."""
@@ -80,8 +78,9 @@ def fit_classes(
         search = GridSearchCV(model, {"C": PENALTIES}, scoring="roc_auc_ovr", cv=inner)
         search.fit(x, y)
         model, chosen, score = search.best_estimator_, search.best_params_["C"], search.best_score_
-        if len(present) == 2:
-            slope, offset = _sigmoid(model, x, y, inner)
+        sigmoid = fit_sigmoids(model, x, y, inner) if len(present) == 2 else None
+        if sigmoid is not None:
+            (slope,), (offset,) = sigmoid
     else:
         model.fit(x, y)
     lines, bias = model.coef_ * slope, model.intercept_ * slope + offset
@@ -107,13 +106,3 @@ def fit_number(x: Floats, z: Floats, folds: int, seed: int) -> Linear:
     model, chosen = search.best_estimator_, 1 / search.best_params_["alpha"]
     bias = np.array([model.intercept_])
     return Linear(model.coef_[None], bias, float(chosen), folds, -float(search.best_score_))
-
-
-def _sigmoid(model: LogisticRegression, x: Floats, y: Labels, inner: Splits) -> tuple[float, float]:
-    """Platt's logit of the second class, slope * decision value + offset."""
-    # Classes count the same for the sigmoid too, which the weights alone can tell it.
-    plain = clone(model).set_params(class_weight=None)
-    calibrated = CalibratedClassifierCV(plain, method="sigmoid", cv=inner, ensemble=False)
-    calibrated.fit(x, y, sample_weight=compute_sample_weight("balanced", y))
-    (found,) = calibrated.calibrated_classifiers_[0].calibrators
-    return (-float(found.a_), -float(found.b_)) if found.a_ < 0 else (1.0, 0.0)

@@ -4,7 +4,9 @@ Choices
 -------
 - Embeddings are compared by their Mahalanobis distance (Lee et al. 2018, arXiv 1807.03888) from all
   training subjects, whatever their class, under the covariance of Ledoit and Wolf (2004), which can
-  be inverted however few subjects there are.
+  be inverted however few subjects there are. Of very wide embeddings it is kept along the
+  directions in which people differ most; along all others their mean variance stands for it
+  (Tipping and Bishop 1999, section 3.2).
 - A distance means something only beside those of other people. Training subjects are nearer to
   their own mean than new ones, so theirs are measured from a mean and covariance of the others
   (cross-fitting). Where there are enough validation subjects, theirs serve instead, because what a
@@ -20,8 +22,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import solve_triangular
-from sklearn.covariance import LedoitWolf
 
 from neuromamba.calibration import p_value
 
@@ -36,6 +36,8 @@ OUTSIDE = 0.05
 """Share of people like those of the training who are called outside of it (our choice)."""
 LEAST_REFERENCE = 19
 """People that distances are compared with, at least: of fewer none can be in the last 5 %."""
+MOST_DIRECTIONS = 128
+"""Of a covariance that are kept (our choice): half a kilobyte for each feature."""
 TINY = 1e-9
 """Of the mean variance, which every direction has at least."""
 CORE, ABSENT = 0.9, 0.01
@@ -44,26 +46,69 @@ CORE, ABSENT = 0.9, 0.01
 
 @dataclass(frozen=True)
 class Cloud:
-    """Embeddings of people, summed up: mean (feature,), and covariance (feature, feature)."""
+    """Embeddings of people, summed up: where they lie, and how far along each direction.
+
+    Attributes
+    ----------
+    mean
+        (feature,)
+    basis
+        (direction, feature) orthonormal rows, at most `MOST_DIRECTIONS`.
+    variances
+        (direction,) of the shrunk covariance along them.
+    rest
+        (1,) the same along everything else, where it is the mean.
+    """
 
     mean: Floats
-    covariance: Floats
+    basis: Floats
+    variances: Floats
+    rest: Floats
 
     @classmethod
     def fit(cls, embeddings: Floats) -> Cloud:
-        """From (subject, feature)."""
-        found = LedoitWolf().fit(embeddings)
-        covariance = np.asarray(found.covariance_, dtype=np.float64)
+        """From (subject, feature), without a matrix (feature, feature)."""
+        n, width = embeddings.shape
+        mean = embeddings.mean(axis=0)
+        centred = embeddings - mean
+        _, lengths, basis = np.linalg.svd(centred, full_matrices=False)
+        share, level = shrinkage(centred, lengths**2 / n)
         # What is the same for everybody has to be invertible too.
-        floor = TINY * np.trace(covariance) / len(covariance) or 1.0
-        covariance = covariance + floor * np.eye(len(covariance))
-        return cls(np.asarray(found.location_, dtype=np.float64), covariance)
+        floor = TINY * level or 1.0
+        variances = (1 - share) * lengths**2 / n + share * level + floor
+        beyond, kept = width - len(variances), min(len(variances), MOST_DIRECTIONS)
+        total = variances[kept:].sum() + beyond * (share * level + floor)
+        rest = total / (width - kept) if kept < width else 1.0
+        return cls(mean, basis[:kept], variances[:kept], np.array([rest]))
 
     def distances(self, embeddings: Floats) -> Floats:
         """Mahalanobis distances (subject,) of (subject, feature), in SD."""
-        lower = np.linalg.cholesky(self.covariance)
-        white = solve_triangular(lower, (embeddings - self.mean).T, lower=True)
-        return np.sqrt(np.sum(np.square(white), axis=0))
+        centred = embeddings - self.mean
+        along = centred @ self.basis.T
+        squared = (along**2 / self.variances).sum(axis=1)
+        if len(self.basis) < len(self.mean):
+            squared += ((centred - along @ self.basis) ** 2).sum(axis=1) / self.rest
+        return np.asarray(np.sqrt(squared), dtype=np.float64)
+
+
+def shrinkage(centred: Floats, variances: Floats) -> tuple[float, float]:
+    """How far the covariance of Ledoit and Wolf is drawn to a sphere, and the sphere's variance.
+
+    Their b^2 and d^2 (2004, section 3.2) by sums that a rotation leaves as they are, so that the
+    cost grows with the features, not with their square: the same as scikit-learn's `ledoit_wolf`.
+
+    Parameters
+    ----------
+    centred
+        (subject, feature), of mean 0.
+    variances
+        All eigenvalues of their covariance but zeros.
+    """
+    n, width = centred.shape
+    level, size = float(variances.sum()) / width, float((variances**2).sum())
+    distance = size - width * level**2
+    spread = (float(((centred**2).sum(axis=1) ** 2).mean()) - size) / n
+    return (min(spread / distance, 1.0) if distance > 0 and spread > 0 else 0.0), level
 
 
 def cross_fitted(embeddings: Floats) -> Floats:

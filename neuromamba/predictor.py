@@ -7,7 +7,7 @@ trained before there were calibrations also needs the `config.yaml` of its resul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class Predictor:
         """The training subjects' features by `run` or `subject`, where they were enough."""
         if f"{level}.mean" not in self.arrays:
             return None
-        return Cloud(self.arrays[f"{level}.mean"], self.arrays[f"{level}.covariance"])
+        names = [part.name for part in fields(Cloud)]
+        return Cloud(*(self.arrays[f"{level}.{name}"].astype(np.float64) for name in names))
 
     @property
     def patch_shares(self) -> np.ndarray | None:

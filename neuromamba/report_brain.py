@@ -20,7 +20,6 @@ from PIL import Image
 from neuromamba import brain_figures
 from neuromamba.collect import Data, Example, example_run
 from neuromamba.config import Config
-from neuromamba.expert_maps import PICTURE, TABLE
 from neuromamba.files import InputError, read_json
 from neuromamba.layout import Layout
 from neuromamba.report_viewer import PatchMap, build_viewer, patch_sums
@@ -106,7 +105,7 @@ def _read_maps(
         "slices": _as_webp(folder / "attribution.png"),
         "regions": _regions(folder / "regions.tsv"),
         "experts": describe_experts(folder),
-        "experts_slices": _as_webp(folder / PICTURE),
+        "experts_slices": _as_webp(folder / "experts.png"),
         "other_grid": not same,
     }
     return facts, [_for_viewer(label, kind, values) for kind, values in maps.items()]
@@ -173,9 +172,10 @@ def _regions(path: Path) -> list[dict[str, str]]:
 
 def describe_experts(folder: Path) -> list[dict[str, str]]:
     """The regions that set each expert apart, a row each; none without a mixture of experts."""
-    if not (folder / TABLE).exists():
+    path = folder / "experts.tsv"
+    if not path.exists():
         return []
-    table = read_table(folder / TABLE, dtype={"region": str})
+    table = read_table(path, dtype={"region": str})
     table = table.sort_values(["expert", "excess"], ascending=[True, False])
     return [
         {

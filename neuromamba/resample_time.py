@@ -11,8 +11,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from scipy.interpolate import make_interp_spline
-from scipy.signal import cheby2, sosfiltfilt
+import scipy  # whose parts load when they are used: seconds, of which most runs need none
 
 Series = npt.NDArray[np.float64]
 """(volume, ...)"""
@@ -43,9 +42,9 @@ def resample_time(values: Series, old: float, new: float, wanted: Series) -> Ser
         (time,) seconds from the first volume.
     """
     if new > old + SAME_SECONDS:
-        sections = cheby2(ANTI_ALIAS_ORDER, ANTI_ALIAS_DB, Wn=old / new, output="sos")
+        sections = scipy.signal.cheby2(ANTI_ALIAS_ORDER, ANTI_ALIAS_DB, Wn=old / new, output="sos")
         # scipy's own padding, or what a short run has.
         padding = min(3 * (2 * len(sections) + 1), len(values) - 1)
-        values = sosfiltfilt(sections, values, axis=0, padlen=padding)
-    spline = make_interp_spline(np.arange(len(values)) * old, values, k=5)
+        values = scipy.signal.sosfiltfilt(sections, values, axis=0, padlen=padding)
+    spline = scipy.interpolate.make_interp_spline(np.arange(len(values)) * old, values, k=5)
     return np.asarray(spline(wanted), dtype=np.float64)

@@ -53,7 +53,7 @@ def make_config(folder: Path, **model: object) -> Config:
     """A config of a dataset of series with a small model of them, `lmae` if not said otherwise."""
     steps = {"batch_size": 8, "validate_every": 20, "checkpoint_every": 20, "log_every": 10}
     small = {"family": "lmae", "volumes": 40, "patch": 5, "width": 16, "depth": 1}
-    own = {"neighbors": 4, "experts": 2, "head_dim": 8, "state": 8}
+    own = {"neighbors": 4, "experts": 2, "head_dim": 8, "state": 8, "region_width": 16, "maps": 16}
     if model.get("family", "lmae") != "lmae":
         own = {"heads": 2}
     sex = {"kind": "classification", "column": "sex", "classes": {"female": "F", "male": "M"}}

@@ -21,7 +21,7 @@ SCALARS = {
 Batch = dict[str, Tensor]
 SMALL = {"volumes": VOLUMES, "patch": PATCH, "width": 8}
 LMAE = {**SMALL, "head_dim": 4, "state": 4, "neighbors": 3, "mask_seconds": 8.0, "walk_steps": 2}
-LMAE |= {"maps": 3}
+LMAE |= {"region_width": 6, "maps": 3, "read_steps": 2}
 
 
 def lmae(**changes) -> nn.Module:

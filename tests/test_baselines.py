@@ -111,6 +111,17 @@ def test_calibration_does_not_turn_the_order_of_scores(method: Method) -> None:
     assert min(areas) > 0.9  # of the subjects that it learnt from
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_few_who_are_told_apart_get_probabilities_that_say_so(method: Method) -> None:
+    x, _ = features(n=24, p=30)
+    label = np.arange(24) % 2
+    x[:, :15] += 8 * label[:, None]
+    probability, _ = predict_class(x, label, x, 4, 0, method)
+    share = probability[:, 1]
+    assert share[label == 1].min() > 0.8
+    assert share[label == 0].max() < 0.2
+
+
 def test_kernel_ridge_is_scikit_learns_with_the_correlation_of_subjects() -> None:
     x, signal = features()
     rows, rows_test = correlate_rows(x[:40], x[40:])

@@ -13,6 +13,7 @@ import torch
 from fake_runs import FakeStore, make_config, write_dataset
 from scipy.special import expit, logit
 from scipy.stats import chi
+from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 
 from neuromamba import calibrate
@@ -35,6 +36,7 @@ from neuromamba.finetune import predict_subjects, run_finetune
 from neuromamba.layout import Layout
 from neuromamba.novelty import (
     LEAST_REFERENCE,
+    MOST_DIRECTIONS,
     Cloud,
     choose_reference,
     cross_fitted,
@@ -189,6 +191,28 @@ def test_distances_of_many_subjects_are_those_of_their_distribution():
     found = cloud.distances(z @ mixing + 3)
     np.testing.assert_allclose(found, np.linalg.norm(z, axis=1), rtol=0.05)
     assert np.median(found) == pytest.approx(chi(4).median(), rel=0.1)
+
+
+@pytest.mark.parametrize("features", [5, 90])
+def test_distances_are_those_of_the_ledoit_wolf_covariance(features: int):
+    rng = np.random.default_rng(0)
+    people = rng.standard_normal((40, features)) * np.exp(rng.standard_normal(features)) + 2
+    new = rng.standard_normal((10, features))
+    known = LedoitWolf().fit(people)
+    found = Cloud.fit(people).distances(new)
+    np.testing.assert_allclose(found, np.sqrt(known.mahalanobis(new)), rtol=1e-6)
+
+
+def test_very_wide_embeddings_keep_their_widest_directions():
+    """And the mean variance of all others, which leaves the total variance as it is."""
+    rng = np.random.default_rng(0)
+    people = rng.standard_normal((300, 20_000)) * np.exp(rng.standard_normal(20_000))
+    cloud = Cloud.fit(people)
+    assert cloud.basis.shape == (MOST_DIRECTIONS, 20_000)
+    total = cloud.variances.sum() + (20_000 - MOST_DIRECTIONS) * cloud.rest[0]
+    assert total == pytest.approx(people.var(axis=0).sum(), rel=1e-6)
+    far, near = people[:5] + 3 * people.std(axis=0), people[:5]
+    assert (cloud.distances(far) > cloud.distances(near)).all()
 
 
 @pytest.mark.parametrize("features", [3, 50])

@@ -95,7 +95,7 @@ def test_predictors(predictor: str) -> None:
     weights = {**model.state_dict(), **plain.state_dict()}
     model.load_state_dict(weights)
     before, mean = model.embed(batch), plain.embed(batch)
-    assert before.shape == (4, model.width) == (4, 8 + 3 * 2 * 8)
+    assert before.shape == (4, model.width) == (4, 8 + 3 * 2 * 6)
     if predictor in ("ssm", "gru", "mean"):
         # Before it has learnt anything, a sequence model changes nothing.
         torch.testing.assert_close(before, mean)

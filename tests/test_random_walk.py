@@ -153,12 +153,12 @@ def test_the_gradient_passes_through_the_graph() -> None:
 
 # --- The mixture ---------------------------------------------------------------------------------
 
-WIDTH, WALKS, EXPERTS, TIMES = 4, 2, 3, 5
+WIDTH, REGION_WIDTH, WALKS, EXPERTS, TIMES = 4, 6, 2, 3, 5
 
 
 def mixture(top_k: int | None = None) -> RandomWalkExperts:
     torch.manual_seed(0)
-    found = RandomWalkExperts(WIDTH, WALKS, EXPERTS, top_k).double()
+    found = RandomWalkExperts(WIDTH, REGION_WIDTH, WALKS, EXPERTS, top_k).double()
     torch.nn.init.normal_(found.out_bias)
     return found
 
@@ -166,7 +166,7 @@ def mixture(top_k: int | None = None) -> RandomWalkExperts:
 def inputs() -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
     states = [torch.randn(2, ROIS, TIMES, WIDTH).double() for _ in range(1 + WALKS)]
-    embedding, vectors = torch.randn(ROIS, WIDTH), torch.randn(2, ROIS, WALKS * WIDTH)
+    embedding, vectors = torch.randn(ROIS, REGION_WIDTH), torch.randn(2, ROIS, WALKS * REGION_WIDTH)
     time = torch.randn(2, TIMES, TIME_FEATURES)
     return states[0], states[1:], embedding.double(), vectors.double(), time.double()
 

@@ -216,8 +216,9 @@ def test_a_new_scan_is_read_by_the_atlas_of_the_model(trained: Config, tmp_path:
     assert run_predict(folder, [scan], tmp_path / "out.tsv", asked, device="cpu", atlas=file)
     found = read_table(tmp_path / "out.tsv").iloc[0]
     known = predict_subjects(trained, "fake", "series", 0, "sex", ["sub-31"]).iloc[0]
-    # The table has calibrated probabilities, the evaluation those of the model.
-    assert found["prob_male"] == pytest.approx(known["prob_male"], abs=0.1)
+    # Interpolation to the common grid mixes neighbouring regions of an atlas as coarse as this one.
+    assert found["prob_male"] == pytest.approx(known["prob_male"], abs=0.3)
+    assert found["prediction"] == ("male" if known["prob_male"] > 0.5 else "female")
 
 
 def test_a_mixture_is_of_one_atlas(tmp_path: Path):

@@ -19,7 +19,7 @@ pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 STEPS = {"steps": 4, "batch_size": 2, "validate_every": 2, "log_every": 1}
 MODEL = {
     **{"family": "lmae", "volumes": 20, "patch": 5, "width": 8, "depth": 1, "experts": 2},
-    **{"neighbors": 3, "head_dim": 8, "state": 4, "pretrain": STEPS},
+    **{"neighbors": 3, "region_width": 8, "maps": 4, "head_dim": 8, "state": 4, "pretrain": STEPS},
     "finetune": STEPS | {"evaluation_windows": 1},
 }
 RUN = {

@@ -92,7 +92,8 @@ class Lmae(RoiModel):
     keeps the `neighbors` strongest correlations of each region, with `signed` those that are
     negative as a graph of their own; walks on it take up to `walk_steps` steps. Each ROI and time
     uses `top_k` of the `experts` (all of them without it); without experts there is neither mixture
-    nor walk. The embedding holds what walks reach in `maps` weighted sums over the regions.
+    nor walk. Walks carry embeddings of the regions, `region_width` wide; what those of up to
+    `read_steps` steps find is read, in `maps` weighted sums over the regions, by the predictor.
     `expand` is the inner width of the predictor's layers over `width`, `head_dim` the channels of
     one of their heads.
     """
@@ -108,7 +109,9 @@ class Lmae(RoiModel):
     experts: Annotated[int, Field(ge=0)] = 4
     top_k: PositiveInt | None = None
     balance: Annotated[float, Field(ge=0)] = 0.01
-    maps: PositiveInt = 32
+    region_width: PositiveInt = 128
+    maps: PositiveInt = 128
+    read_steps: PositiveInt = 1
     predictor: Literal["ssm", "mean", "gru", "attention"] = "ssm"
     predictor_depth: PositiveInt = 1
     state: PositiveInt = 16
@@ -126,10 +129,15 @@ class Lmae(RoiModel):
         return self
 
     @model_validator(mode="after")
-    def _no_more_experts_than_there_are(self) -> Lmae:
+    def _no_more_is_used_than_there_is(self) -> Lmae:
         if self.top_k is not None and self.top_k > self.experts:
             raise ValueError(
                 f"top_k ({self.top_k}) is more than there are experts ({self.experts})"
+            )
+        if self.read_steps > self.walk_steps:
+            raise ValueError(
+                f"read_steps ({self.read_steps}) is more than the longest walk has "
+                f"(walk_steps: {self.walk_steps})"
             )
         return self
 

@@ -21,11 +21,12 @@ interactions of regions; a state-space model that predicts from them. All else i
 - Mixture (`walk_steps`, `experts`, `top_k`, `balance`): see `random_walk`. It is part of the path
   in pretraining, where it can infer masked values from other regions. Without experts there is one
   perceptron on the ROI's own state, and no walk at all, for comparison.
-- Predictor (`predictor`, `maps`): see `roi_predictor`. It is no part of pretraining, and so is the
-  `pool`.
+- Predictor (`predictor`, `region_width`, `maps`, `read_steps`): see `roi_predictor`. It is no
+  part of pretraining, and so is the `pool`.
 
 Dimensions in names: B samples, R ROIs, L volumes, T time patches, V volumes of a patch (L = T * V),
-C channels, E experts, F features of time, W features of walks.
+C channels, E experts, F features of time, D width of the ROIs' embeddings, W features of walks,
+D for each step of each graph.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ class Lmae(nn.Module):
     Attributes
     ----------
     width : int
-        Width of `embed`: `settings.width`, and `settings.maps` times as many for each step of each
-        graph.
+        Width of `embed`: `settings.width`, and `settings.maps * settings.region_width` for each
+        step of each graph that is read.
     """
 
     needs: tuple[str, ...] = ("rois",)
@@ -111,21 +112,22 @@ class Lmae(nn.Module):
         super().__init__()
         s = settings
         self.settings, self.n_rois = s, n_rois
-        self.walks = s.walk_steps * (2 if s.signed else 1) if s.experts else 0
-        self.places = nn.Parameter(projection(n_rois, s.width))
+        self.graphs = (2 if s.signed else 1) if s.experts else 0
+        self.walks = self.graphs * s.walk_steps
+        self.places = nn.Parameter(projection(n_rois, s.region_width))
         self.embedding = nn.Linear(2 * s.patch, s.width)
-        self.place = nn.Linear(s.width, s.width, bias=False)
+        self.place = nn.Linear(s.region_width, s.width, bias=False)
         self.time = nn.Linear(TIME_FEATURES, s.width, bias=False)
         self.blocks = nn.ModuleList(LocalBlock(s.width) for _ in range(s.depth))
         self.mixture_norm = nn.RMSNorm(s.width, EPSILON)
         self.mixture: RandomWalkExperts | Perceptron = (
-            RandomWalkExperts(s.width, self.walks, s.experts, s.top_k)
+            RandomWalkExperts(s.width, s.region_width, self.walks, s.experts, s.top_k)
             if s.experts
             else Perceptron(s.width, s.width)
         )
         self.norm = nn.RMSNorm(s.width, EPSILON)
         self.head = nn.Linear(s.width, s.patch)
-        self.pool = Predictor(s, n_rois, self.walks * s.width, compute)
+        self.pool = Predictor(s, n_rois, self.graphs * s.read_steps * s.region_width, compute)
         self.width = self.pool.width
         if compute.compile:
             for block in self.blocks:
@@ -134,7 +136,10 @@ class Lmae(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """What the predictor makes of the whole window, nothing masked: (B, width) float32."""
         encoded = self._encode(batch, self._visible(batch))
-        return self.pool(encoded.states, encoded.vectors, batch["present"], encoded.time)
+        # (B, R, graph, step, D), of which short walks alone are read.
+        steps = (self.graphs, self.settings.walk_steps, self.settings.region_width)
+        vectors = encoded.vectors.unflatten(-1, steps)[..., : self.settings.read_steps, :]
+        return self.pool(encoded.states, vectors.flatten(2), batch["present"], encoded.time)
 
     @torch.no_grad()
     def experts(self, batch: Batch) -> dict[str, Tensor]:
@@ -204,8 +209,8 @@ class Lmae(nn.Module):
             return 2.0 * tokens * (each + 2 * s.width**2)
         inner, reached = s.experts * s.width, 1 + self.walks
         each += (reached + 1) * s.width * inner + 2 * s.experts * s.width
-        roi = self.walks * s.width * inner + reached * s.width * s.experts
-        pair = 2 * volumes + self.walks * s.width * (volumes // s.patch + 1)
+        roi = s.region_width * (self.walks * inner + reached * s.experts)
+        pair = 2 * volumes + self.walks * (s.width * volumes // s.patch + s.region_width)
         return 2.0 * (tokens * each + places * roi + places * rois * pair)
 
     def _visible(self, batch: Batch) -> Tensor:
@@ -238,7 +243,7 @@ class Lmae(nn.Module):
         """Matrices of steps between ROIs, in float32."""
         s = self.settings
         with torch.autocast(seen_BRL.device.type, enabled=False):
-            affinity_RR = self.places @ self.places.T / math.sqrt(s.width)
+            affinity_RR = self.places @ self.places.T / math.sqrt(s.region_width)
             correlation_BRR = correlation(seen_BRL, visible_BRL)
             usable_BR = visible_BRL.any(-1)
             return transitions(correlation_BRR, usable_BR, affinity_RR, s.neighbors, s.signed)
@@ -246,5 +251,5 @@ class Lmae(nn.Module):
     def _walk_vectors(self, graphs: list[Tensor], samples: int) -> Tensor:
         """The mean embedding of the ROIs that are 1, 2, ... steps away, (B, R, W) in float32."""
         with torch.autocast(self.places.device.type, enabled=False):
-            each_BRC = self.places.expand(samples, -1, -1)
-            return torch.cat(walk(graphs, each_BRC, self.settings.walk_steps), dim=-1)
+            each_BRD = self.places.expand(samples, -1, -1)
+            return torch.cat(walk(graphs, each_BRD, self.settings.walk_steps), dim=-1)

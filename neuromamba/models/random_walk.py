@@ -113,8 +113,8 @@ class RandomWalkExperts(nn.Module):
 
     Parameters
     ----------
-    width : int
-        Channels of the states and of the embeddings.
+    width, region_width : int
+        Channels of the states, and of the ROIs' embeddings.
     walks : int
         Graphs times steps of `walk`.
     experts : int
@@ -122,14 +122,16 @@ class RandomWalkExperts(nn.Module):
         How many experts of the largest gate are used; `None` is all.
     """
 
-    def __init__(self, width: int, walks: int, experts: int, top_k: int | None) -> None:
+    def __init__(
+        self, width: int, region_width: int, walks: int, experts: int, top_k: int | None
+    ) -> None:
         super().__init__()
         self.top_k = top_k
         self.gate_state = nn.Linear(width, experts)
-        self.gate_roi = nn.Linear((1 + walks) * width, experts, bias=False)
+        self.gate_roi = nn.Linear((1 + walks) * region_width, experts, bias=False)
         self.gate_time = nn.Linear(TIME_FEATURES, experts, bias=False)
         self.states = nn.Linear((1 + walks) * width, experts * width)
-        self.vectors = nn.Linear(walks * width, experts * width, bias=False)
+        self.vectors = nn.Linear(walks * region_width, experts * width, bias=False)
         self.out = nn.Linear(experts * width, width, bias=False)
         self.out_bias = nn.Parameter(torch.zeros(experts, width))
 

@@ -84,15 +84,18 @@ class Predictor(nn.Module):
 
     The weights start out random and sequence models as the identity, so that the embedding of a
     model that is only pretrained is one of random projections, which keep how people differ. That
-    takes many of them: hence all pairs, where one form for each feature of the walks would be
-    enough to learn from. Means over the ROIs would lose it.
+    takes many of them, on both sides of P, for what tells people apart is spread over all its rows
+    and columns: hence wide embeddings, and all pairs, where one form for each feature of the walks
+    would be enough to learn from. Means over the ROIs would lose it. Longer walks than
+    `settings.read_steps` are left to the experts: on real data linear models gained nothing from
+    them (`benchmarks/abide_ladder.py`).
 
     Parameters
     ----------
     settings : neuromamba.config.Lmae
     n_rois : int
     vectors : int
-        Walk features of each ROI, W.
+        Walk features of each ROI that are read, W.
     compute : neuromamba.config.Compute
 
     Attributes
