@@ -38,6 +38,8 @@ LEAST_REFERENCE = 19
 """People that distances are compared with, at least: of fewer none can be in the last 5 %."""
 MOST_DIRECTIONS = 128
 """Of a covariance that are kept (our choice): half a kilobyte for each feature."""
+EXACT = 1e-10
+"""Of the largest variance, below which a direction is rounding alone."""
 TINY = 1e-9
 """Of the mean variance, which every direction has at least."""
 CORE, ABSENT = 0.9, 0.01
@@ -71,15 +73,21 @@ class Cloud:
         n, width = embeddings.shape
         mean = embeddings.mean(axis=0)
         centred = embeddings - mean
-        _, lengths, basis = np.linalg.svd(centred, full_matrices=False)
-        share, level = shrinkage(centred, lengths**2 / n)
+        # Eigenvectors of the smaller of the two products: half of them tell the other half.
+        wide = width > n
+        values, vectors = np.linalg.eigh((centred @ centred.T if wide else centred.T @ centred) / n)
+        used = np.flatnonzero(values > EXACT * max(values[-1], 0.0))[::-1]
+        share, level = shrinkage(centred, values[used])
         # What is the same for everybody has to be invertible too.
         floor = TINY * level or 1.0
-        variances = (1 - share) * lengths**2 / n + share * level + floor
-        beyond, kept = width - len(variances), min(len(variances), MOST_DIRECTIONS)
-        total = variances[kept:].sum() + beyond * (share * level + floor)
-        rest = total / (width - kept) if kept < width else 1.0
-        return cls(mean, basis[:kept], variances[:kept], np.array([rest]))
+        kept = used[:MOST_DIRECTIONS]
+        basis = vectors[:, kept].T
+        if wide:
+            basis = basis @ centred / np.sqrt(n * values[kept, None])
+        variances = (1 - share) * values[kept] + share * level + floor
+        beyond, others = width - len(kept), values[used[MOST_DIRECTIONS:]].sum()
+        rest = (1 - share) * others / beyond + share * level + floor if beyond else 1.0
+        return cls(mean, basis, variances, np.array([rest]))
 
     def distances(self, embeddings: Floats) -> Floats:
         """Mahalanobis distances (subject,) of (subject, feature), in SD."""

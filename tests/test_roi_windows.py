@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -116,6 +117,26 @@ def test_a_model_of_series_learns_what_they_show(trained: Config):
     regions = {"atlas": "twelve", "atlas_sha256": atlas, "n_rois": N_ROIS}
     assert info["settings"]["regions"] == regions
     assert info["files"].keys() >= {"calibration.json"}
+
+
+@pytest.mark.parametrize("mode", ["probe", "head", "adapters"])
+def test_parts_of_it_are_fine_tuned_too(trained: Config, tmp_path: Path, mode: str):
+    """From the same pretraining; how well they do depends on how much of it is left as it is."""
+    shutil.copytree(trained.results, tmp_path / "results", symlinks=True)
+    known = trained.model_dump(mode="json", exclude_unset=True)
+    known |= {"results": str(tmp_path / "results")}
+    known["models"]["series"]["finetune"] |= {"mode": mode}
+    config = Config.model_validate(known)
+    folder = Layout.of(config, "fake").finetune("series", 0, "sex")
+    shutil.rmtree(folder)
+    run_finetune(config, "fake", "series", 0, "sex")
+    info = read_json(folder / "model.json")
+    assert info["settings"]["finetune"]["mode"] == mode
+    assert 0 < info["trained_parameters"] < info["parameters"]
+    test = [f"sub-{number:02d}" for number in range(31, 41)]
+    found = predict_subjects(config, "fake", "series", 0, "sex", test)
+    male = np.array([int(name[4:]) % 2 == 0 for name in test])
+    assert ((found["prob_male"].to_numpy() > 0.5) == male).mean() >= 0.7
 
 
 def test_it_is_opened_embedded_and_shared_like_any_other(trained: Config, tmp_path: Path):
