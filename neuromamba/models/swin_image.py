@@ -18,7 +18,7 @@ from torch.nn import functional
 
 STEP = 32
 """Voxels of an edge that become one place of the last stage."""
-DEPTHS, HEADS, WINDOW, PATCH = (2, 2, 2, 2), (3, 6, 12, 24), 7, 2
+DEPTHS, HEADS, PATCH = (2, 2, 2, 2), (3, 6, 12, 24), 2
 
 
 class SwinImage(nn.Module):
@@ -30,9 +30,11 @@ class SwinImage(nn.Module):
         Channels of the first stage, a multiple of 12; the last has 16 times as many.
     width : int
         Of the embedding.
+    window : int
+        Places of an edge of the windows within which attention is; published weights are for 7.
     """
 
-    def __init__(self, feature_size: int, width: int) -> None:
+    def __init__(self, feature_size: int, width: int, window: int = 7) -> None:
         super().__init__()
         # Loading it takes seconds, which only those who build such a model are to wait for.
         from monai.networks.nets.swin_unetr import SwinTransformer
@@ -41,7 +43,7 @@ class SwinImage(nn.Module):
         self.swin = SwinTransformer(
             in_chans=1,
             embed_dim=feature_size,
-            window_size=(WINDOW,) * 3,
+            window_size=(window,) * 3,
             patch_size=(PATCH,) * 3,
             depths=DEPTHS,
             num_heads=HEADS,
@@ -77,7 +79,7 @@ class ImageDecoder(nn.Module):
         layers: list[nn.Module] = []
         for _ in range(4):
             layers += [
-                nn.ConvTranspose3d(channels, channels // 2, 2, stride=2),
+                nn.ConvTranspose3d(channels, channels // 2, 2, stride=2, bias=False),
                 nn.InstanceNorm3d(channels // 2),
                 nn.LeakyReLU(),
             ]
