@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from neuromamba.files import InputError
+from neuromamba.files import InputError, digest_file
 
 _PREFIXES = ("module.", "model.", "swinViT.", "swin_vit.", "backbone.")
 _RENAMED = {".mlp.fc1.": ".mlp.linear1.", ".mlp.fc2.": ".mlp.linear2."}
@@ -71,8 +71,11 @@ def load_image_weights(network: nn.Module, path: Path) -> KeyReport:
     InputError
         When the file cannot be read as tensors alone, or none of them fits.
     """
-    found = {_our_name(name): value for name, value in _read(path).items()}
-    own = network.state_dict()
+    own = {name: one.detach() for name, one in network.named_parameters()}
+    # Which places are neighbours follows from the sizes, and is nothing that was learnt.
+    computed = {name for name, _ in network.named_buffers()}
+    named = {_our_name(name): value for name, value in _read(path).items()}
+    found = {name: value for name, value in named.items() if name not in computed}
     fitting = {n: v for n, v in found.items() if n in own and v.shape == own[n].shape}
     misfits = [
         f"{name} ({tuple(found[name].shape)}, {tuple(own[name].shape)})"
@@ -94,6 +97,17 @@ def load_image_weights(network: nn.Module, path: Path) -> KeyReport:
     return report
 
 
+def digest_weights(path: Path) -> str:
+    """Digest of the file; `InputError` when it does not exist."""
+    if not path.is_file():
+        raise InputError(_absent(path))
+    return digest_file(path)
+
+
+def _absent(path: Path) -> str:
+    return f"{path} does not exist; set image_weights to the file of the weights, or to null"
+
+
 def _our_name(name: str) -> str:
     """The name that MONAI's encoder has now for a tensor."""
     while start := next((one for one in _PREFIXES if name.startswith(one)), ""):
@@ -109,9 +123,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; set image_weights to the file of the weights, or to null"
-        ) from None
+        raise InputError(_absent(path)) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as weights alone ({' '.join(str(error).split())[:200]}); it is "
