@@ -2,7 +2,7 @@
 # Snakemake runs a copy of this in the new environment of neuromamba.yaml, from the working folder.
 # The package is installed editable, so that jobs run the code that stands in the repository.
 # Snakemake makes the environment anew when this file changes, and so when the pinned versions do:
-# SHA-256 of constraints.txt: 81dc18c6c3244d93b4ae1207e424bac4db5569139584aafed3e2ee8c7a3a5e5e
+# SHA-256 of constraints.txt: 8be0d3c63a9843817efe9c648a697d73de61607a1ba00766502c5b7e59e56202
 set -euo pipefail
 export PYTHONNOUSERSITE=1 # what lies in ~/.local is no part of the environment
 make --directory "${NEUROMAMBA_SOURCE:?the workflow sets it to the repository}" install PYTHON=python

@@ -15,6 +15,7 @@ Design choices
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,12 @@ def run_anat(config: Config, dataset: str, batch: int) -> None:
     def make(subject: str) -> dict[str, Any]:
         target = layout.array("anat", subject)
         none = Anatomical(subject, reason=f"{settings.derivatives} has no folder {subject}")
-        facts = make_anat(found.get(subject, none), target, settings.space, config.volumes)
+        try:
+            facts = make_anat(found.get(subject, none), target, settings.space, config.volumes)
+        except InputError:
+            # What was made of an earlier image is no longer the subject's.
+            shutil.rmtree(target, ignore_errors=True)
+            raise
         return contents.add(subject, facts)
 
     process_runs("anat", subjects, make, manifest, config.compute.max_excluded)

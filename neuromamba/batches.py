@@ -31,10 +31,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from neuromamba.config import Config, Model, NeuroMamba, RoiModel, Tokens
+from neuromamba.config import STORES, Cinp, Config, Model, NeuroMamba, RoiModel, Tokens
 from neuromamba.contents import CONTENT_COLUMNS
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
+from neuromamba.paired_windows import ImageWindows, NetworkWindows
 from neuromamba.qc_rules import left_out
 from neuromamba.roi_windows import RoiWindows, Sample
 from neuromamba.spacing import spaced
@@ -144,7 +145,7 @@ def make_readers(network: nn.Module, layout: Layout, model: Model, tokens: Token
     """One reader for each of a model's `needs`, from the results of the data stages."""
     readers: list[Reader] = []
     for need in cast(Sequence[str], network.needs):
-        path_of = partial(layout.array, need)
+        path_of = partial(layout.array, STORES.get(need, need))
         match need, model:
             case "tokens", NeuroMamba():
                 kind = model.normalization
@@ -152,6 +153,10 @@ def make_readers(network: nn.Module, layout: Layout, model: Model, tokens: Token
             case "rois", RoiModel():
                 n_rois = cast(int, network.n_rois)
                 readers.append(RoiWindows(path_of, model, tokens.time_patch, n_rois))
+            case "fc", Cinp():
+                readers.append(NetworkWindows(path_of, cast(int, network.n_rois)))
+            case "anat", Cinp():
+                readers.append(ImageWindows(path_of))
             case _:
                 raise InputError(
                     f"the model needs {need}; batches of family {model.family} carry "
@@ -288,24 +293,31 @@ def list_runs(
     """The runs of `subjects` that have what a model `needs` and are good enough.
 
     Rows of the manifests of the first of `needs`, with a column `subject`; the column `key` tells
-    what all its stores were made from.
+    what all its stores were made from. A subject's T1w image (`anat`) may be wanting.
     """
     layout = Layout.of(config, dataset)
     index = read_table(layout.index, dtype=str)[["run", "subject"]]
-    found = []
-    for need in needs:
-        manifests = [layout.manifest(need, batch) for batch in range(config.compute.batches)]
-        table = pd.concat([read_table(path, dtype=str) for path in manifests])
-        # A key tells what a store was made from; its bytes also tell where its source lay.
-        table = table.drop(columns=list(CONTENT_COLUMNS), errors="ignore")
-        found.append(table[table["reason"].isna()])
-    table = found[0]
-    for other in found[1:]:
+    stores = [STORES.get(need, need) for need in needs]
+    of_runs = [store for store in stores if store != "anat"]
+    table, *others = (_made(layout, store, config.compute.batches) for store in of_runs)
+    for other in others:
         keys = other.set_index("run")["key"]
         table = table[table["run"].isin(keys.index)]
         table = table.assign(key=table["key"] + " " + table["run"].map(keys))
     table = table[~table["run"].isin(left_out(config, dataset))].merge(index, on="run")
+    if "anat" in stores:
+        keys = _made(layout, "anat", config.compute.batches).set_index("run")["key"]
+        table["key"] += " " + table["subject"].map(keys).fillna("no T1w image")
     return table[table["subject"].isin(set(subjects))].sort_values(["subject", "run"])
+
+
+def _made(layout: Layout, stage: str, batches: int) -> pd.DataFrame:
+    """What is told of the stores of a stage that there are."""
+    manifests = [layout.manifest(stage, batch) for batch in range(batches)]
+    table = pd.concat([read_table(path, dtype=str) for path in manifests])
+    # A key tells what a store was made from; its bytes also tell where its source lay.
+    table = table.drop(columns=list(CONTENT_COLUMNS), errors="ignore")
+    return table[table["reason"].isna()]
 
 
 def group_runs(runs: pd.DataFrame) -> dict[str, list[str]]:

@@ -3,10 +3,11 @@
     folder/
         participants.tsv, participants.json    sex, age, site
         truth.json                             which networks carry which effect
+        sub-*/anat/                            T1w image, brain mask, sidecars
         sub-*/func/                            BOLD, brain mask, confounds, sidecars
         tpl-MNI152NLin2009cAsym/anat/          the parcels and their networks
 
-`neuromamba.demo_signal` says how the signal is made.
+`neuromamba.demo_signal` says how the signal is made, `neuromamba.demo_anatomy` the T1w images.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from neuromamba import __version__, demo_signal
+from neuromamba import __version__, demo_anatomy, demo_signal
 from neuromamba.demo_brain import NETWORKS, PARCELS, Brain, load_brain
 from neuromamba.demo_run import SPACE, TEMPLATE, open_nifti, paint, with_suffix, write_run
 from neuromamba.demo_signal import Connectivity, Subject
@@ -76,7 +78,10 @@ def write_demo(
                 )
                 name = f"{person.name}_task-rest" + (f"_run-{number + 1}" if runs > 1 else "")
                 write_run(root / person.name / "func", name, run, rng)
-            truth.append(_truth_of(person, connectivity))
+            rng = np.random.default_rng([seed, 2, i])
+            image, tissue = demo_anatomy.draw_t1w(brain, person, connectivity, rng)
+            demo_anatomy.write_t1w(root / person.name / "anat", person.name, brain, image)
+            truth.append(_truth_of(person, connectivity, tissue))
         write_json(root / "truth.json", {**_effects(), "subjects": truth})
 
 
@@ -113,7 +118,8 @@ README = """# Synthetic resting-state fMRI
 
 Made by `neuromamba demo-data`: no person was scanned, and no effect in it is a finding. The BOLD
 signal has effects of sex and age on functional connectivity, and a nuisance of site; `truth.json`
-lists them. The brain's outline is the MNI ICBM152 template.
+lists them. The anatomy in the T1w images tells a known share of each subject's connectivity. The
+brain's outline is the MNI ICBM152 template.
 """
 
 BIDSIGNORE = """*_desc-confounds_timeseries.tsv
@@ -163,15 +169,19 @@ def _effects() -> dict[str, Any]:
         "age_on_logit_coherence_per_30_years": demo_signal.AGE,
         "sex_on_coupling_of_A_and_B": demo_signal.SEX_COUPLING,
         "subject_sd_of_logit_coherence": demo_signal.SUBJECT_SD,
+        "share_of_anatomy_by_connectivity": demo_anatomy.SHARE,
         "sites": {name: vars(site) for name, site in demo_signal.SITES.items()},
     }
 
 
-def _truth_of(person: Subject, connectivity: Connectivity) -> dict[str, Any]:
+def _truth_of(
+    person: Subject, connectivity: Connectivity, tissue: NDArray[np.float64]
+) -> dict[str, Any]:
     return {
         "participant_id": person.name,
         "coherence": [round(float(c), 4) for c in connectivity.coherence],
         "coupling": round(connectivity.coupling, 4),
+        "anatomy": [round(float(d), 4) for d in tissue],
     }
 
 

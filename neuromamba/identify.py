@@ -94,6 +94,11 @@ def run_identify(config: Config, dataset: str, model: str, seed: int) -> None:
     """
     layout, time_patch = Layout.of(config, dataset), config.tokens.time_patch
     folder, volumes = layout.identify(model, seed), config.models[model].volumes
+    if not config.models[model].identifies:
+        raise InputError(
+            f"models.{model} (family {config.models[model].family}) reads whole runs and T1w "
+            "images, and subjects are identified by parts of runs: take a model that reads windows"
+        )
     network, info = open_pretrained(config, dataset, model, seed)
     split = read_split(layout.split)
     test = some_of(split["test"], SUBJECTS)

@@ -92,6 +92,8 @@ class Inputs(ABC):
         if job.stage in ("pretrain", "cell"):
             start = model_of(self.config, job).pretrain.init_from
             data.append(self._digest(job, "init_from", start and f"{start}/model.json"))
+            if weights := getattr(model_of(self.config, job), "image_weights", None):
+                data.append(self._digest(job, "image_weights", weights))
         return data
 
     def _left_out(self, dataset: str) -> list[str]:

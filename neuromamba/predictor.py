@@ -116,6 +116,12 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
             "run, and of a whole scan it says nothing; see the predictions of the test subjects in "
             "evaluate/"
         )
+    if model.pairs:
+        raise InputError(
+            f"{folder} is of family {model.family}, which reads a subject's T1w image, and scans "
+            "are given as BOLD runs; add the subjects to a dataset, and see the predictions of "
+            "its test subjects in evaluate/"
+        )
     classes = [name for name, _ in settings["target"].get("classes", [])]
     found = load_calibration(folder, info)
     calibration, arrays = (None, {}) if found is None else found

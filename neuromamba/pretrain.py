@@ -5,18 +5,22 @@ The subjects of the validation part choose the weights; those of the test part a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Config, Model, Optimiser
 from neuromamba.files import InputError, digest_file, digest_json
+from neuromamba.image_weights import digest_weights, load_image_weights
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
 from neuromamba.participants import read_participants
@@ -43,7 +47,8 @@ def run_pretrain(
 
     A training that was stopped continues; one that has finished under the same settings and inputs
     is left as it is. With `init_from`, its first step starts from the weights in that folder
-    (`model.safetensors` and `model.json`); that is never how a stopped training is continued.
+    (`model.safetensors` and `model.json`); that is never how a stopped training is continued. Of a
+    family with `image_weights`, they come first, and `model.json` tells which of them fitted.
 
     Parameters
     ----------
@@ -71,6 +76,9 @@ def run_pretrain(
     record = make_record(config, dataset, model, seed, settings, runs)
     if fraction is not None:
         record["settings"]["fraction"] = fraction
+    weights = getattr(config.models[model], "image_weights", None)
+    if weights:
+        record["inputs"]["image_weights"] = digest_weights(Path(weights))
     start = settings.init_from
     earlier = load_model_info(Path(start)) if start else {}
     if earlier:
@@ -78,12 +86,16 @@ def run_pretrain(
     if already_there(folder, record, on_change):
         return
     network = make_network(config, model, seed, record["settings"])
+    facts: dict[str, Any] = {"pretrained_from": ancestry(earlier)} if earlier else {}
+    if weights:
+        report = load_image_weights(cast(nn.Module, network.image_encoder), Path(weights))
+        facts["image_weights"] = asdict(report)
+        tqdm.write(f"{weights}: {report}", file=sys.stderr)
     if start:
         load_weights(network, Path(start))
     if isinstance(pool := getattr(network, "pool", None), nn.Module):
         pool.requires_grad_(False)  # no part of the loss
     windows = open_windows(config, dataset, model, network, subjects, runs)
-    facts = {"pretrained_from": ancestry(earlier)} if earlier else {}
     train_and_save(network, settings, windows, folder, record, config, on_change, facts=facts)
 
 
@@ -135,7 +147,7 @@ def n_rois_of(settings: Mapping[str, Any]) -> int:
 
 
 def regions_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, Any] | None:
-    """Which regions a model reads the series of, by a run of each dataset, JSON-able.
+    """Which regions a model reads, as series or connectivity, by a run of each dataset; JSON-able.
 
     `None` for a model that reads none.
 
@@ -145,7 +157,7 @@ def regions_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, A
         When the datasets of a mixture have series of different regions.
     """
     one_of = {run.rpartition("/")[0]: run for run in runs}
-    if "rois" not in model.needs or not one_of:
+    if "rois" not in model.arrays or not one_of:
         return None
     found = {}
     for name, run in one_of.items():
@@ -175,7 +187,9 @@ def make_settings(
     """
     return ({"regions": dict(regions)} if regions else {}) | {
         "model": config.models[model].model_dump(
-            mode="json", exclude={"base", "ablation_of", "pretrain", "finetune"}
+            mode="json",
+            # Weights to start from are an input, and the same wherever they lie.
+            exclude={"base", "ablation_of", "pretrain", "finetune", "image_weights"},
         ),
         type(settings).__name__.lower(): relevant_settings(settings),
         "tokens": config.tokens.model_dump(mode="json"),

@@ -93,7 +93,8 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
     model, evaluate = model_of(config, job), config.evaluate.model_dump(mode="json")
     match job.stage:
         case "pretrain" | "cell":
-            dumped = model.model_dump(mode="json", exclude={"base", "ablation_of", "finetune"})
+            elsewhere = {"base", "ablation_of", "finetune", "image_weights"}
+            dumped = model.model_dump(mode="json", exclude=elsewhere)
             dumped["pretrain"] = relevant_settings(model.pretrain)
             own: dict[str, Any] = {"model": dumped, "members": config.members(job.dataset)}
             cell = {"fraction": job.fraction, "steps": config.scaling.steps}

@@ -119,11 +119,11 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [Job("excluded", job.dataset), *_batches(config, members, "qc")]
         case "pretrain" | "cell":
             splits = [Job("splits", name) for name in members]
-            made = _arrays(config, members, model_of(config, job).needs)
+            made = _arrays(config, members, model_of(config, job).arrays)
             return [*splits, *made, *_checked(config, members)]
         case "finetune":
             fresh = model_of(config, job).finetune.start == "fresh"
-            made = _arrays(config, members, model_of(config, job).needs)
+            made = _arrays(config, members, model_of(config, job).arrays)
             first = made if fresh else [_pretrain(config, job)]
             return [Job("splits", job.dataset), *first, *_checked(config, members)]
         case "baselines":
@@ -151,7 +151,7 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
         case "forecast" | "identify":
             first = [Job("splits", job.dataset), _pretrain(config, job)]
             besides = {"rois"} if job.stage == "identify" else set()
-            wanted = {*model_of(config, job).needs, *besides}
+            wanted = {*model_of(config, job).arrays, *besides}
             made = _arrays(config, members, [one for one in BATCHED if one in wanted])
             return [*first, *made, *_checked(config, members)]
         case "scaling":
@@ -197,12 +197,12 @@ def _batches(config: Config, datasets: list[str], stage: str) -> list[Job]:
 
 
 def _arrays(config: Config, datasets: list[str], stages: Iterable[str]) -> list[Job]:
-    """The jobs of those of `stages` that make an array of a dataset's runs."""
+    """The jobs of those of `stages` that make an array of a dataset's runs or subjects."""
     return [
         job
         for stage in stages
         for name in datasets
-        if stage in config.datasets[name].arrays
+        if stage in config.datasets[name].readable
         for job in _batches(config, [name], stage)
     ]
 

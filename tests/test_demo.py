@@ -12,7 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from neuromamba import demo, demo_signal
+from neuromamba import demo, demo_anatomy, demo_brain, demo_signal
+from neuromamba.anat_scan import find_anatomicals
 from neuromamba.bids import index_runs
 from neuromamba.config import Dataset
 from neuromamba.demo import write_demo
@@ -188,3 +189,39 @@ def test_the_truth_is_written_down(folder: Path) -> None:
         f"sub-0{i}" for i in range(1, SUBJECTS + 1)
     ]
     assert all(0 < c < 1 for row in truth["subjects"] for c in row["coherence"])
+
+
+def test_every_subject_has_a_t1w_image_on_the_grid_of_the_bold(folder: Path) -> None:
+    bold = nib.load(next(folder.rglob("sub-01*_bold.nii.gz")))
+    found = find_anatomicals(dataset(folder))
+    assert [(one.subject, one.reason) for one in found] == [
+        (f"sub-{i + 1:02d}", None) for i in range(SUBJECTS)
+    ]
+    image, mask = nib.load(found[0].t1w), nib.load(found[0].mask)
+    assert image.shape == mask.shape == bold.shape[:3]
+    assert np.array_equal(image.affine, bold.affine)
+    assert (image.get_fdata()[mask.get_fdata() == 0] == 0).all()
+    assert (image.get_fdata()[mask.get_fdata() == 1] > 0).all()
+
+
+def test_anatomy_tells_the_share_of_connectivity_that_it_is_said_to() -> None:
+    brain = demo_brain.load_brain(8.0)
+    people = demo_signal.draw_subjects(400, 0)
+    z, told, seen = [], [], []
+    for number, person in enumerate(people):
+        rng = np.random.default_rng([7, number])
+        connectivity = demo_signal.draw_connectivity(person, rng)
+        image, tissue = demo_anatomy.draw_t1w(brain, person, connectivity, rng)
+        z.append(demo_anatomy.deviations(connectivity))
+        told.append(tissue)
+        ratio = image / (brain.intensity * demo_signal.SITES[person.site].scale)
+        network = brain.network[brain.parcel]
+        seen.append([ratio[network == k].mean() for k in range(len(NETWORKS))])
+    z, told, seen = (np.array(one) for one in (z, told, seen))
+    assert np.allclose(z.mean(0), 0, atol=0.2)
+    assert np.allclose(z.std(0), 1, atol=0.1)
+    for k in range(len(NETWORKS)):
+        assert np.corrcoef(told[:, k], z[:, k])[0, 1] ** 2 == pytest.approx(
+            demo_anatomy.SHARE, abs=0.08
+        )
+        assert np.corrcoef(told[:, k], seen[:, k])[0, 1] > 0.97

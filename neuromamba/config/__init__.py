@@ -23,13 +23,24 @@ from neuromamba.config.dataset import (
     Target,
 )
 from neuromamba.config.load import build_config, load_config, merge, save_config
-from neuromamba.config.models import Lmae, Model, NeuroMamba, RoiModel, RoiTransformer
+from neuromamba.config.models import (
+    STORES,
+    Cinp,
+    ImageChanges,
+    Lmae,
+    Model,
+    NeuroMamba,
+    RoiModel,
+    RoiTransformer,
+)
 from neuromamba.config.schema import Compute, Config, Evaluate, Explain, Scaling
 from neuromamba.config.training import Adapters, Finetune, Forecast, Optimiser, Pretrain
 
 __all__ = [
+    "STORES",
     "Adapters",
     "Ants",
+    "Cinp",
     "Classification",
     "Compute",
     "Config",
@@ -41,6 +52,7 @@ __all__ = [
     "Finetune",
     "Fmriprep",
     "Forecast",
+    "ImageChanges",
     "Lmae",
     "Model",
     "NeuroMamba",

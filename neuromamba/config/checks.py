@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from neuromamba.config.data import Qc, Rois, Volumes
 from neuromamba.config.dataset import Dataset
-from neuromamba.config.models import Model, RoiModel
+from neuromamba.config.models import Cinp, Model, RoiModel
 
 
 def refuse_what_needs_images(
@@ -45,7 +45,7 @@ def refuse_what_needs_images(
                 f"the runs that are not good enough by `exclude` in the YAML file of {name}"
             )
         for place, model in models:
-            if missing := [need for need in model.needs if need not in dataset.arrays]:
+            if missing := [one for one in model.arrays if one not in dataset.readable]:
                 raise ValueError(
                     f"{place} (family {model.family}) needs {', '.join(missing)}, which are made "
                     f"of images, and dataset {name} has ROI series (`series`) alone: take a model "
@@ -53,10 +53,10 @@ def refuse_what_needs_images(
                 )
 
 
-def refuse_resampled_states(
-    datasets: Mapping[str, Dataset], models: Sequence[tuple[str, Model]]
-) -> None:
-    """Refuse models that resample the series of runs whose events tell the state of each volume.
+def refuse_states(datasets: Mapping[str, Dataset], models: Sequence[tuple[str, Model]]) -> None:
+    """Refuse models that cannot tell states, which are of volumes as they were scanned.
+
+    Those are models that resample the series of runs, and models of whole runs.
 
     Raises
     ------
@@ -65,6 +65,12 @@ def refuse_resampled_states(
     """
     for name, dataset in datasets.items():
         for place, model in models:
+            if dataset.state_targets and isinstance(model, Cinp):
+                raise ValueError(
+                    f"{place} (family {model.family}) reads whole runs, and dataset {name} has the "
+                    f"state {next(iter(dataset.state_targets))!r} among its targets, which is told "
+                    "of parts of runs: remove the target, or take a model that reads windows"
+                )
             if not dataset.state_targets or not isinstance(model, RoiModel):
                 continue
             if model.repetition_time is not None:

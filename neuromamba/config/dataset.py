@@ -131,6 +131,11 @@ class Dataset(Section):
         return ("volumes", "tokens", "rois") if self.series is None else ("rois",)
 
     @property
+    def readable(self) -> tuple[str, ...]:
+        """The arrays that a model can read: those, and the T1w image of each subject."""
+        return self.arrays if self.series is not None else (*self.arrays, "anat")
+
+    @property
     def subject_targets(self) -> dict[str, Classification | Regression]:
         """Targets with one label a subject, which the table of subjects tells."""
         return {n: one for n, one in self.targets.items() if not isinstance(one, State)}

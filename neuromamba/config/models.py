@@ -1,8 +1,8 @@
 """The schema of the models: a section for each family, told apart by `family`.
 
-`needs` names the arrays of the data that a family reads; see `neuromamba.models`. A model with a
-`base` shares the pretraining of that model, an `ablation_of` a model is compared with it on
-request; both start from the other's settings.
+`needs` names what a family's batches carry, see `neuromamba.models`, and `arrays` where the data
+layer keeps that. A model with a `base` shares the pretraining of that model, an `ablation_of` a
+model is compared with it on request; both start from the other's settings.
 """
 
 from __future__ import annotations
@@ -14,17 +14,32 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from neuromamba.config.data import Name, Section
 from neuromamba.config.training import Finetune, Pretrain
 
+STORES = {"fc": "rois"}
+"""The array that holds what a family needs, where it has another name."""
+
 
 class Family(Section):
-    """What the models of all families have in common; `forecasts` tells which can make them."""
+    """What the models of all families have in common.
+
+    `forecasts`, `identifies` and `explains` tell of which a study of that name can be made, `pairs`
+    which bring two kinds of data together.
+    """
 
     needs: ClassVar[tuple[str, ...]]
     forecasts: ClassVar[bool] = False
+    identifies: ClassVar[bool] = True
+    explains: ClassVar[bool] = True
+    pairs: ClassVar[tuple[str, ...]] = ()
 
     base: Name | None = None
     ablation_of: Name | None = None
     pretrain: Pretrain = Pretrain()
     finetune: Finetune = Finetune()
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays of the data that it reads."""
+        return tuple(STORES.get(need, need) for need in self.needs)
 
 
 class NeuroMamba(Family):
@@ -160,4 +175,68 @@ class RoiTransformer(RoiModel):
         return self
 
 
-Model = Annotated[NeuroMamba | Lmae | RoiTransformer, Field(discriminator="family")]
+class ImageChanges(Section):
+    """Random changes of images in training.
+
+    `flip` is how often left and right are exchanged; `share` how often each of the others happens:
+    a factor of 1 +- `scale`, a shift of +- `shift`, and noise with a SD up to `noise`, the latter
+    two in units of an image that goes from 0 to 1.
+    """
+
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    shift: Annotated[float, Field(ge=0)] = 0.1
+    noise: Annotated[float, Field(ge=0)] = 0.1
+
+
+class Cinp(Family):
+    """Contrastive image-network pretraining: T1w images and functional connectivity, by subject.
+
+    `width` is that of the embeddings, `feature_size` the channels of the image encoder's first
+    stage, `window` how many places of an edge its attention spans, and `image_weights` a file of
+    weights that it starts from. `network_*`, `clusters`, `reduced` and `learn_centers` shape the
+    network encoder. `mim` and `inm` weigh masked image modelling and the matching of pairs against
+    the contrast (0 leaves them out); masks are cubes of `mask_patch` voxels on `mask_share` of an
+    image. `temperature` is where the learnable one starts. At most `chunk` samples are encoded at a
+    time, however large the batch is that is contrasted. There are no windows, so `volumes` is 0: it
+    reads the connectivity of whole runs.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("fc", "anat")
+    identifies: ClassVar[bool] = False
+    explains: ClassVar[bool] = False
+    pairs: ClassVar[tuple[str, ...]] = ("image", "network")
+
+    family: Literal["cinp"]
+    volumes: Literal[0] = 0
+    width: PositiveInt = 768
+    feature_size: Annotated[int, Field(gt=0, multiple_of=12)] = 48
+    window: PositiveInt = 7
+    image_weights: str | None = None
+    network_depth: PositiveInt = 2
+    network_heads: PositiveInt = 4
+    network_hidden: PositiveInt = 1024
+    clusters: PositiveInt = 10
+    reduced: PositiveInt = 8
+    learn_centers: bool = False
+    mim: Annotated[float, Field(ge=0)] = 1.0
+    inm: Annotated[float, Field(ge=0)] = 1.0
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    mask_patch: PositiveInt = 16
+    temperature: Annotated[float, Field(ge=0.01)] = 0.07
+    chunk: PositiveInt | None = None
+    changes: ImageChanges = ImageChanges()
+
+    @model_validator(mode="after")
+    def _contrasts_one_batch(self) -> Cinp:
+        if self.pretrain.accumulate > 1:
+            raise ValueError(
+                f"pretrain.accumulate is {self.pretrain.accumulate}, and batches are contrasted "
+                "each for itself: raise pretrain.batch_size instead, and set `chunk` to the number "
+                "of samples that fit into memory at a time"
+            )
+        return self
+
+
+Model = Annotated[NeuroMamba | Lmae | RoiTransformer | Cinp, Field(discriminator="family")]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
 from neuromamba.config.checks import (
-    refuse_resampled_states,
+    refuse_states,
     refuse_what_needs_images,
     refuse_wrong_ablations,
     refuse_wrong_bases,
@@ -32,6 +32,7 @@ from neuromamba.config.data import (
 from neuromamba.config.dataset import Dataset
 from neuromamba.config.evaluation import Evaluate as Evaluate
 from neuromamba.config.evaluation import Explain as Explain
+from neuromamba.config.models import Cinp as Cinp
 from neuromamba.config.models import Lmae as Lmae
 from neuromamba.config.models import Model as Model
 from neuromamba.config.models import NeuroMamba as NeuroMamba
@@ -209,7 +210,7 @@ class Config(Section):
     def _datasets_serve_the_models(self) -> Config:
         sections = (self.qc, self.volumes, self.rois)
         refuse_what_needs_images(self.datasets, self._every_model(), *sections)
-        refuse_resampled_states(self.datasets, self._every_model())
+        refuse_states(self.datasets, self._every_model())
         return self
 
     @model_validator(mode="after")
@@ -285,6 +286,8 @@ class Config(Section):
         if self.volumes.shard_volumes % self.tokens.time_patch:
             raise ValueError("tokens.time_patch must divide volumes.shard_volumes")
         for place, model in self._every_model():
+            if isinstance(model, Cinp):
+                continue  # it reads whole runs
             if model.volumes % self.tokens.time_patch:
                 raise ValueError(
                     f"{place}.volumes ({model.volumes}) must be a multiple of "

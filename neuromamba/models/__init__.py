@@ -5,7 +5,9 @@ A family is one file with one class, a `torch.nn.Module` that has
 - ``needs``: names of what its batches carry, those of its section of the config;
 - ``width``: the width of its embedding;
 - ``loss(batch)``: a dict of scalar tensors, ``"loss"`` among them, each a mean over the samples of
-  the batch in which every sample counts the same;
+  the batch in which every sample counts the same; one that contrasts samples is of the samples of
+  all processes in training, and of the batch alone in evaluation, where processes differ in how
+  many batches they have;
 - ``embed(batch)``: a tensor (samples, width);
 
 and, if it likes,
@@ -18,23 +20,28 @@ and, if it likes,
 - ``encode(batch)``: hidden states (N, T, width) of ``tokens``;
 - ``roll_out(batch, known)``: a forecast (N, T - known, V) of ``tokens`` from their first `known`
   time patches, of windows of one run;
-- ``experts(batch)``: weights (B, T, R, experts) of its experts at each time and region.
+- ``experts(batch)``: weights (B, T, R, experts) of its experts at each time and region;
+- ``embed_pairs(batch)``: normalised embeddings (samples, width) of each of the kinds of data that
+  it brings together, and which of them there are: see `neuromamba.models.contrastive.Pairs`;
+- ``image_encoder``: the network that the file `image_weights` of its settings is for.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from neuromamba.config import Cinp as CinpSettings
 from neuromamba.config import Compute, Model
 from neuromamba.config import Lmae as LmaeSettings
 from neuromamba.config import NeuroMamba as NeuroMambaSettings
 from neuromamba.config import RoiTransformer as RoiTransformerSettings
+from neuromamba.models.cinp import Cinp
 from neuromamba.models.lmae import Lmae
 from neuromamba.models.neuromamba import NeuroMamba
 from neuromamba.models.roi_transformer import RoiTransformer
 from neuromamba.models.skill import skills
 
-__all__ = ["Lmae", "NeuroMamba", "RoiTransformer", "build_model", "skills"]
+__all__ = ["Cinp", "Lmae", "NeuroMamba", "RoiTransformer", "build_model", "skills"]
 
 
 def build_model(
@@ -51,7 +58,7 @@ def build_model(
     compute : neuromamba.config.Compute, optional
         Which kernels to use; no result depends on it but by rounding.
     n_rois : int
-        Regions of the atlas, for families that read ROI series.
+        Regions of the atlas, for families that read ROI series or their connectivity.
 
     Returns
     -------
@@ -65,3 +72,5 @@ def build_model(
             return Lmae(model, n_rois, compute or Compute())
         case RoiTransformerSettings():
             return RoiTransformer(model, n_rois, compute or Compute())
+        case CinpSettings():
+            return Cinp(model, n_rois)

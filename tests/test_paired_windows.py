@@ -1,0 +1,202 @@
+"""T1w images and connectivity from the scans to a trained Cinp model and its predictions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray
+
+from neuromamba.anat import run_anat
+from neuromamba.baseline_predictions import run_baselines
+from neuromamba.batches import Windows, list_runs, make_readers
+from neuromamba.bids import run_index
+from neuromamba.checkpoint import load_model_info
+from neuromamba.config import Config
+from neuromamba.demo import write_demo
+from neuromamba.evaluate import run_evaluate
+from neuromamba.excluded import run_excluded
+from neuromamba.files import InputError
+from neuromamba.finetune import run_finetune
+from neuromamba.identify import run_identify
+from neuromamba.layout import Layout
+from neuromamba.models import Cinp
+from neuromamba.predictor import open_predictor
+from neuromamba.pretrain import list_training, make_network, make_record, run_pretrain
+from neuromamba.rois import run_rois
+from neuromamba.splits import read_split, run_splits
+from neuromamba.stages import Job, jobs_before
+from neuromamba.tables import read_table
+from neuromamba.tokens import run_tokens
+from neuromamba.volumes import run_volumes
+
+torch.set_num_threads(1)
+SUBJECTS, WITHOUT = 16, "sub-03"
+TRAINING = {"steps": 2, "batch_size": 4, "log_every": 1, "validate_every": 2}
+
+
+def make_config(folder: Path, **changes) -> Config:
+    sex = {"kind": "classification", "column": "sex", "classes": {"female": "F", "male": "M"}}
+    demo = {
+        "derivatives": str(folder / "data"),
+        "participants": {"file": str(folder / "data/participants.tsv"), "site_column": "site"},
+        "targets": {"sex": sex},
+    }
+    small = {"family": "cinp", "width": 8, "feature_size": 12, "window": 4, "network_depth": 1}
+    small |= {"network_hidden": 8, "clusters": 4, "mask_patch": 8, "pretrain": TRAINING}
+    small |= {"finetune": {**TRAINING, "evaluation_windows": 1}}
+    probe = {**small, "base": "m", "finetune": {"mode": "probe", "evaluation_windows": 1}}
+    return Config.model_validate(
+        {
+            "results": str(folder / "results"),
+            "datasets": {"demo": demo},
+            "models": {"m": {**small, **changes}, "probe": {**probe, **changes}},
+            "volumes": {"shape": [24, 24, 24], "voxel_size": 8.0, "shard_volumes": 20},
+            "rois": {"cube": 48.0},
+            "splits": {"test": 0.4, "validation": 0.25},
+            "evaluate": {"bootstrap": 50, "inner_folds": 2, "baselines": ["fc"]},
+            "compute": {"device": "cpu"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data of subjects, of whom one has no T1w image, up to the split."""
+    folder = tmp_path_factory.mktemp("paired")
+    write_demo(folder / "data", SUBJECTS, volumes=40, voxel_size=8.0)
+    shutil.rmtree(folder / "data" / WITHOUT / "anat")
+    config = make_config(folder)
+    run_index(config, "demo")
+    for stage in (run_volumes, run_tokens, run_rois, run_anat):
+        stage(config, "demo", 0)
+    run_excluded(config, "demo")
+    run_splits(config, "demo")
+    return folder
+
+
+def open_all(folder: Path) -> tuple[Config, Cinp, Windows]:
+    config = make_config(folder)
+    layout = Layout.of(config, "demo")
+    _, runs = list_training(config, "demo", config.models["m"].needs)
+    record = make_record(config, "demo", "m", 0, config.models["m"].pretrain, runs)
+    network = make_network(config, "m", 0, record["settings"])
+    assert isinstance(network, Cinp)
+    names = {f"sub-{i + 1:02d}": [f"sub-{i + 1:02d}_task-rest"] for i in range(SUBJECTS)}
+    readers = make_readers(network, layout, config.models["m"], config.tokens)
+    return config, network, Windows(names, readers)
+
+
+def test_a_batch_has_the_images_and_networks_of_the_stores(made: Path) -> None:
+    config, network, windows = open_all(made)
+    layout = Layout.of(config, "demo")
+    batch = windows.batch(windows.spaced(3))
+    assert batch["subject"] == [f"sub-{i + 1:02d}" for i in range(SUBJECTS)]
+    assert batch["has_anat"].tolist() == [name != WITHOUT for name in batch["subject"]]
+    assert batch["has_fc"].all()
+    assert len(set(batch["person"].tolist())) == SUBJECTS
+    image = batch["anat"][0].numpy()
+    with xarray.open_zarr(layout.array("anat", "sub-01")) as anat:
+        inside, values = anat["mask"].values, anat["t1w"].values
+    low, high = np.percentile(values[inside], [0.5, 99.5])
+    wanted = np.clip((values[inside] - low) / (high - low), 0, 1)
+    assert image[inside] == pytest.approx(wanted, abs=2e-3)
+    assert not image[~inside].any()
+    assert not batch["anat"][2].any()
+    with xarray.open_zarr(layout.array("rois", "sub-01_task-rest")) as rois:
+        fc = rois["fc"].values
+    present = ~np.isnan(np.diag(fc))
+    assert batch["present"][0].tolist() == present.tolist()
+    assert batch["fc"][0].numpy() == pytest.approx(
+        np.where(np.outer(present, present), fc, 0), abs=1e-4
+    )
+    assert network.loss(batch)["loss"].isfinite()
+
+
+def test_who_has_no_image_is_listed_and_the_key_tells_so(made: Path) -> None:
+    config = make_config(made)
+    everybody = [f"sub-{i + 1:02d}" for i in range(SUBJECTS)]
+    runs = list_runs(config, "demo", everybody, config.models["m"].needs).set_index("subject")
+    assert len(runs) == SUBJECTS
+    without = runs["key"].str.endswith(" no T1w image")
+    assert without[without].index.tolist() == [WITHOUT]
+
+
+def test_a_batch_of_whom_nobody_has_an_image_is_one_too(made: Path) -> None:
+    _, network, windows = open_all(made)
+    batch = windows.batch(windows.spaced(1, [WITHOUT]))
+    assert not batch["has_anat"].any()
+    embedding = network.eval().embed(batch)
+    assert torch.allclose(embedding, network.embed_pairs(batch).second)
+
+
+def test_an_image_that_is_gone_takes_its_store_with_it(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    config = make_config(folder)
+    shutil.rmtree(folder / "data" / "sub-05" / "anat")
+    assert Layout.of(config, "demo").array("anat", "sub-05").exists()
+    run_anat(config, "demo", 0)
+    assert not Layout.of(config, "demo").array("anat", "sub-05").exists()
+    assert Layout.of(config, "demo").array("anat", "sub-06").exists()
+
+
+def test_pretraining_probing_and_tuning_predict_every_test_subject(made: Path) -> None:
+    config = make_config(made)
+    run_pretrain(config, "demo", "m", 0)
+    layout = Layout.of(config, "demo")
+    info = load_model_info(layout.pretrain("m", 0))
+    assert info["settings"]["regions"]["n_rois"] > 4
+    assert {"inc", "mim", "inm", "top1_image"} < set(info["best"])
+    run_baselines(config, "demo", "sex")
+    for model in ("m", "probe"):
+        run_finetune(config, "demo", model, 0, "sex")
+        run_evaluate(config, "demo", model, 0, "sex")
+        predicted = read_table(layout.evaluate(model, 0, "sex") / "predictions.tsv")
+        ours = predicted[predicted["predictor"] == model]
+        assert sorted(ours["subject"]) == sorted(read_split(layout.split)["test"])
+        assert ours["prob_male"].between(0, 1).all()
+    with pytest.raises(InputError, match="is of family cinp, which reads a subject's T1w image"):
+        open_predictor(layout.finetune("m", 0, "sex"))
+    with pytest.raises(InputError, match="take a model that reads windows"):
+        run_identify(config, "demo", "m", 0)
+
+
+def test_its_jobs_come_after_those_of_images_and_regions(made: Path) -> None:
+    config = make_config(made)
+    before = {job.stage for job in jobs_before(config, Job("pretrain", "demo", model="m"))}
+    assert before == {"splits", "rois", "anat"}
+
+
+def test_published_weights_are_told_of(made: Path, tmp_path: Path) -> None:
+    _, network, _ = open_all(made)
+    own = network.image_encoder.named_parameters()
+    tensors = {f"module.{name}": one.detach() + 1 for name, one in own}
+    torch.save({"state_dict": tensors}, tmp_path / "weights.pt")
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder, ignore=shutil.ignore_patterns("m"))
+    config = make_config(folder, image_weights=str(tmp_path / "weights.pt"))
+    run_pretrain(config, "demo", "m", 0)
+    info = load_model_info(Layout.of(config, "demo").pretrain("m", 0))
+    assert len(info["image_weights"]["loaded"]) == len(tensors)
+    assert info["image_weights"]["missing"] == []
+    assert "image_weights" in info["inputs"]
+    assert "image_weights" not in info["settings"]["model"]
+    gone = make_config(folder, image_weights=str(tmp_path / "none.pt"))
+    with pytest.raises(InputError, match=r"none\.pt does not exist; set image_weights"):
+        run_pretrain(gone, "demo", "m", 1)
+
+
+def test_states_are_not_told_by_whole_runs(made: Path) -> None:
+    settings = make_config(made).model_dump(mode="json")
+    state = {"kind": "state", "classes": {"rest": "rest", "task": "task"}}
+    settings["datasets"]["demo"]["targets"] = {"task": state}
+    with pytest.raises(ValueError, match="reads whole runs, and dataset demo has the state 'task'"):
+        Config.model_validate(settings)
+    del settings["datasets"]["demo"]["targets"]
+    settings["datasets"]["demo"]["series"] = {}
+    with pytest.raises(ValueError, match="needs anat, which are made of images"):
+        Config.model_validate(settings)
