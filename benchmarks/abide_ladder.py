@@ -8,9 +8,10 @@ information and nothing else:
 - run: correlations of the whole run, Fisher's z, as the `fc` baseline has them;
 - windows: the mean of those of the model's evaluation windows; window: of the one in the middle;
 - positive: without negative ones, and without Fisher's z; neighbors: the strongest of each region;
-- step: these as probabilities of a step; steps: of 1, 2, ... steps;
-- forms: read by the maps and embeddings of the model at its start, which is what a probe of a model
-  that was never trained sees; signed: the same with the negative graph as well.
+- step: these as probabilities of a step; signed: with those of the negative ones beside them;
+  steps: of 1, 2, ... steps;
+- MxD: one step, read by M random weightings of the regions and D-wide random embeddings of them
+  (the model's `maps` and `region_width`, as they are before any training).
 
 No step is trained, so nothing here is tuned to the tested subjects.
 
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,19 +32,19 @@ from common import RESULTS, head, machine, write_results
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from neuromamba.config import Compute, Config, Lmae, Target, load_config
+from neuromamba.config import Config, Lmae, Target, load_config
 from neuromamba.excerpts import read_series, standardise
 from neuromamba.layout import Layout
 from neuromamba.linear_models import predict_class, predict_number
-from neuromamba.models import build_model
 from neuromamba.models.random_walk import correlation, transitions, walk
+from neuromamba.models.roi_layers import projection
 from neuromamba.roi_windows import RoiWindows
 from neuromamba.spacing import spaced
 from neuromamba.splits import read_split
 from neuromamba.tables import read_table
 
 PACKAGES = ("neuromamba", "torch", "numpy", "scikit-learn")
-STEPS = ("run", "windows", "window", "positive", "neighbors", "step", "steps", "forms", "signed")
+STEPS = ("run", "windows", "window", "positive", "neighbors", "step", "signed", "steps")
 DATASET = "abide-series"
 Floats = npt.NDArray[np.float32]
 Features = dict[str, Floats]
@@ -67,7 +67,7 @@ def fisher_z(matrix: torch.Tensor) -> Floats:
     return upper(matrix.clamp(-0.9999, 0.9999).atanh())
 
 
-def features_of(path: Path, reader: RoiWindows, run: str, model: Lmae, network: Any) -> Features:
+def features_of(path: Path, reader: RoiWindows, run: str, model: Lmae) -> Features:
     """What each step leaves of a run; means over the windows, but for `run` and `window`."""
     found: dict[str, list[Floats]] = {name: [] for name in STEPS}
     found["run"].append(fisher_z(correlations(np.nan_to_num(standardise(read_series(path))))))
@@ -85,11 +85,15 @@ def features_of(path: Path, reader: RoiWindows, run: str, model: Lmae, network: 
         found["step"].append(graphs[0].flatten().numpy())
         reached = walk(graphs[:1], torch.eye(matrix.shape[-1])[None], model.walk_steps)
         found["steps"].append(torch.cat([one.flatten() for one in reached]).numpy())
-        maps = (network.pool.connections * present.T / present.sum().sqrt()).T
-        forms = [maps @ one[0] for one in walk(graphs, network.places[None], model.walk_steps)]
-        found["forms"].append(torch.cat(forms[: model.walk_steps]).flatten().numpy())
-        found["signed"].append(torch.cat(forms).flatten().numpy())
+        both = torch.cat([graph.flatten() for graph in graphs])
+        found["signed"].append(both.numpy())
     return {name: np.mean(values, axis=0, dtype=np.float32) for name, values in found.items()}
+
+
+def forms_of(step: Floats, size: str, n_rois: int) -> Floats:
+    """u' P e of all pairs of weightings u and columns e of embeddings, flattened."""
+    left, right = (projection(n_rois, int(columns)).numpy() for columns in size.split("x"))
+    return (left.T @ step.reshape(n_rois, n_rois) @ right).flatten()
 
 
 def score(
@@ -114,20 +118,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=["sex", "asd", "age"])
     parser.add_argument("--model", default="lmae")
+    sizes = ["32x32", "64x64", "128x128", "256x256"]
+    parser.add_argument("--sizes", nargs="+", default=sizes, metavar="MxD")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     config = load_config(["config/config.yaml", "benchmarks/abide_series.yaml"])
     layout, model = Layout.of(config, DATASET), config.models[options.model]
     index = read_table(layout.index).set_index("subject")["run"]
-    torch.manual_seed(config.seeds[0])
     path_of = partial(layout.array, "rois")
     n_rois = read_series(path_of(index.iloc[0])).shape[1]
-    network = build_model(model, 0, Compute(), n_rois)
     reader = RoiWindows(path_of, model, config.tokens.time_patch, n_rois)
     features: dict[str, dict[str, Floats]] = {name: {} for name in STEPS}
     for subject, run in tqdm(list(index.items()), desc="features", unit="subject"):
-        for name, x in features_of(path_of(run), reader, run, model, network).items():
+        for name, x in features_of(path_of(run), reader, run, model).items():
             features[name][subject] = x
+    for size in options.sizes:
+        features[size] = {}
+        for subject, step in features["step"].items():
+            torch.manual_seed(config.seeds[0])
+            features[size][subject] = forms_of(step, size, n_rois)
     parts = [read_split(path) for path in sorted(layout.split.parent.glob("fold-*.tsv"))]
     splits = [(part["train"] + part["validation"], part["test"]) for part in parts]
     settings = config.datasets[DATASET]
@@ -142,7 +151,7 @@ def main() -> None:
         "| features | number | " + " | ".join(options.targets) + " |",
         "|---" * (2 + len(options.targets)) + "|",
     ]
-    for name in STEPS:
+    for name in (*STEPS, *options.sizes):
         cells = []
         for target in options.targets:
             found = settings.targets[target]

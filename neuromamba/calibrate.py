@@ -155,9 +155,12 @@ def learn(
     held = [one.held for one in first_runs(observed["train"]) if one.held is not None]
     if held:
         arrays["patches"] = np.mean(held, axis=0).astype(np.float32).reshape(grid)
+    one_each = all(len(first_runs(rows)) == len(rows) for rows in observed.values())
     for level in LEVELS:
         units = {part: _units(rows, level) for part, rows in observed.items()}
-        levels[level], cloud = learn_level(units["train"], units["validation"], labels, classes)
+        if not (levels and one_each):  # or else both levels are of the same units
+            learnt, cloud = learn_level(units["train"], units["validation"], labels, classes)
+        levels[level] = learnt
         if cloud is not None:
             parts = {name: values.astype(np.float32) for name, values in vars(cloud).items()}
             arrays |= {f"{level}.{name}": values for name, values in parts.items()}
