@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def write_results(folder: Path, name: str, result: dict[str, Any], text: str, *m
     """Write `{name}_{date}_{processor}[_{gpu}][_{more}]` as `.json` and `.md`."""
     host = result["machine"]
     parts = [name, host["date"], host["processor"], *([host["gpu"]] if host["gpu"] else []), *more]
-    stem = folder / "_".join(parts).replace(" ", "-").replace("/", "-")
+    stem = folder / re.sub(r"[^\w.-]+", "-", "_".join(parts).replace("(R)", ""))
     folder.mkdir(parents=True, exist_ok=True)
     stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=2) + "\n")
     stem.with_name(stem.name + ".md").write_text(text + "\n")
