@@ -119,6 +119,10 @@ class Cinp(nn.Module):
     def image_encoder(self) -> nn.Module:
         return self.image.swin
 
+    @property
+    def similarity_scale(self) -> Tensor:
+        return self.head.scale.logarithm.detach().exp()
+
     def embed(self, batch: Batch) -> Tensor:
         """Of the image, or of the network where there is no image: (B, C) float32, of length 1.
 
