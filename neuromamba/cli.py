@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(stages, "forecast", "forecast the test subjects' runs and score it", used)
     text = "tell the test subjects apart, by two runs or the halves of one, and score it"
     _add(stages, "identify", text, used)
+    text = "find test subjects' images by their networks and the other way, and prompt classes"
+    _add(stages, "retrieve", text, used)
     _add_embed(_add(stages, "embed", "write embeddings of runs", used))
     export = _add(stages, "export", "write a pretrained model to be shared", used)
     export.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")

@@ -149,6 +149,16 @@ def _identify(options: argparse.Namespace) -> None:
             run_identify(fold, dataset, model, seed)
 
 
+def _retrieve(options: argparse.Namespace) -> None:
+    from neuromamba.retrieve import run_retrieve
+
+    config = read_config(options)
+    dataset, model, seed = choose_training(options, config)
+    for fold in choose_folds(options, config):
+        with recorded(fold, Job("retrieve", dataset, model=model, seed=seed, fold=fold.fold)):
+            run_retrieve(fold, dataset, model, seed)
+
+
 def _embed(options: argparse.Namespace) -> None:
     from neuromamba.embed import open_embedder, open_shared, run_embed
 
@@ -233,6 +243,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "scores": _scores,
     "forecast": _forecast,
     "identify": _identify,
+    "retrieve": _retrieve,
     "embed": _embed,
     "export": _export,
     "explain": _explain,

@@ -180,7 +180,7 @@ class Keys(Inputs):
                 return [self._key_before(one, code) for one in listed]
             case "excluded" | "baselines" | "pretrain" | "cell":
                 return self._atlases(before)
-            case "finetune" | "evaluate" | "forecast" | "identify" | "explain":
+            case "finetune" | "evaluate" | "forecast" | "identify" | "retrieve" | "explain":
                 made = [one for one in before if one.stage in RESULTS]
                 return [self._key_before(one, code) for one in made] + self._atlases(before)
         return []

@@ -128,5 +128,8 @@ class Layout:
     def identify(self, model: str, seed: int) -> Path:
         return self.seed(model, seed) / "identify" / self.fold
 
+    def retrieve(self, model: str, seed: int) -> Path:
+        return self.seed(model, seed) / "retrieve" / self.fold
+
     def explain(self, model: str, seed: int, target: str) -> Path:
         return self.seed(model, seed) / "explain" / target / self.fold

@@ -57,7 +57,7 @@ class Facts:
         All that have finished.
     maps
         What was recorded beside each map of attributions.
-    forecasts, identified, scaled
+    forecasts, identified, retrieved, scaled
         Whether there are any.
     by_snakemake
         Whether the workflow ran the jobs.
@@ -70,6 +70,7 @@ class Facts:
     maps: Sequence[dict[str, Any]] = ()
     forecasts: bool = False
     identified: bool = False
+    retrieved: bool = False
     scaled: bool = False
     by_snakemake: bool = False
 
@@ -96,7 +97,7 @@ def describe_methods(config: Config, facts: Facts) -> Methods:
         "Baselines": methods_results.describe_references(facts.evaluations),
         "Evaluation": methods_results.describe_statistics(config, facts.evaluations),
         "Further analyses": methods_results.describe_analyses(
-            facts.maps, facts.forecasts, facts.identified, facts.scaled
+            facts.maps, facts.forecasts, facts.identified, facts.scaled, facts.retrieved
         ),
         "Software": _software(facts),
     }

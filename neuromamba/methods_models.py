@@ -39,6 +39,8 @@ def _architecture(name: str, training: Training) -> str:
             return _neuromamba(name, model, size)
         case "lmae":
             return _lmae(name, model, size) + _regions(training)
+        case "cinp":
+            return _cinp(name, model, size) + _networks(training)
         case "roi_transformer":
             return _roi_transformer(name, model, size) + _regions(training)
     return f"{name} is a model of the family {model['family']}."
@@ -51,6 +53,38 @@ def _regions(training: Training) -> str:
     text = f" It read the series of the {regions['n_rois']} regions of {regions['atlas']}"
     text += ", each minus its mean over the run and over its standard deviation"
     return text + (f", at a repetition time of {pace:g} s." if pace else ".")
+
+
+def _networks(training: Training) -> str:
+    """Which networks, and which weights, a model of images and networks began with."""
+    regions, weights = training.info["settings"]["regions"], training.info.get("image_weights")
+    text = (
+        f" The networks were Pearson correlations of the {regions['n_rois']} regions of "
+        f"{regions['atlas']}; the images were scaled between two percentiles of their brains."
+    )
+    if not weights:
+        return text
+    count = len(weights["loaded"])
+    return text + f" The image encoder began with published weights ({count} tensors fitted)."
+
+
+def _cinp(name: str, model: dict[str, Any], size: str) -> str:
+    losses = ["a symmetric contrast of both [@radford2021clip]"]
+    if model["mim"]:
+        losses.append(
+            f"masked image modelling (L1, {model['mask_share']:.0%} of the voxels, weight "
+            f"{model['mim']:g})"
+        )
+    if model["inm"]:
+        losses.append(
+            f"the matching of pairs against hard negatives [@li2021albef] (weight {model['inm']:g})"
+        )
+    last = f"{', '.join(losses[:-1])} and {losses[-1]}" if losses[1:] else losses[0]
+    return (
+        f"{name} follows CINP [@hu2025cinp] ({size}width {model['width']}): a 3D Swin Transformer "
+        "[@tang2022swin], by MONAI [@cardoso2022monai], of T1w images and a Brain Network "
+        f"Transformer [@kan2022bnt] of functional connectivity, which learnt by {last}."
+    )
 
 
 def _lmae(name: str, model: dict[str, Any], size: str) -> str:
@@ -104,8 +138,11 @@ def _pretrained(group: Sequence[Training]) -> str:
     model, settings = first["settings"]["model"], first["settings"]["pretrain"]
     seeds = sorted({training.seed for training in group})
     loss = OBJECTIVES.get(model.get("objective", "mse"), "its loss")
+    what = f"{loss}, windows of {model['volumes']} volumes"
+    if model["family"] == "cinp":
+        what = "each window a subject's image and the network of a whole run"
     return (
-        f"It was pretrained without labels ({loss}, windows of {model['volumes']} volumes, "
+        f"It was pretrained without labels ({what}, "
         f"{_optimised(settings, first)}; {_subjects(group)}; seeds {', '.join(map(str, seeds))})."
     )
 

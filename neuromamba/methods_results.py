@@ -117,9 +117,13 @@ def _protocol(config: Config) -> str:
 
 
 def describe_analyses(
-    maps: Sequence[dict[str, Any]], forecasts: bool, identified: bool, scaled: bool
+    maps: Sequence[dict[str, Any]],
+    forecasts: bool,
+    identified: bool,
+    scaled: bool,
+    retrieved: bool = False,
 ) -> list[str]:
-    """Attributions, forecasts, identification and scaling, where they were done."""
+    """Attributions, forecasts, identification, retrieval and scaling, where they were done."""
     sentences = []
     if maps:
         subjects = sorted({int(one["subjects"]) for one in maps if "subjects" in one})
@@ -138,6 +142,12 @@ def describe_analyses(
         sentences.append(
             "Test subjects were told apart by their embeddings, and by FC and anatomy beside them "
             "[@finn2015fingerprint]."
+        )
+    if retrieved:
+        sentences.append(
+            "Networks of test subjects were retrieved by their images, and the other way round; "
+            "classes were predicted from images by prompts of the networks of some training "
+            "subjects [@hu2025cinp], and by support vector machines on the embeddings."
         )
     if scaled:
         sentences.append(

@@ -25,6 +25,7 @@ WHOLE_FOLDERS = (
     "evaluate",
     "forecast",
     "identify",
+    "retrieve",
     "explain",
 )
 """Stages whose jobs have a folder of their own, with more files than one."""

@@ -50,6 +50,22 @@ BIBTEX = r"""
 @inproceedings{ortegacaro2024brainlm, author={Ortega Caro, Josue and others},
   title={{BrainLM}: A foundation model for brain activity recordings},
   booktitle={International Conference on Learning Representations}, year={2024}, url={https://www.biorxiv.org/content/10.1101/2023.09.12.557460v1}}
+@inproceedings{hu2025cinp, author={Hu, Xingcan and Wang, Wei and Xiao, Li},
+  title={Learning {3D} Medical Image Models From Brain Functional Connectivity Network Supervision For Mental Disorder Diagnosis},
+  booktitle={Medical Image Computing and Computer Assisted Intervention}, year={2025}, url={https://arxiv.org/abs/2503.04205}}
+@inproceedings{tang2022swin, author={Tang, Yucheng and others},
+  title={Self-Supervised Pre-Training of {Swin} Transformers for {3D} Medical Image Analysis},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2022}, url={https://arxiv.org/abs/2111.14791}}
+@inproceedings{kan2022bnt, author={Kan, Xuan and Dai, Wei and Cui, Hejie and Zhang, Zilong and Guo, Ying and Yang, Carl},
+  title={Brain Network Transformer}, booktitle={Advances in Neural Information Processing Systems}, year={2022}, url={https://arxiv.org/abs/2210.06681}}
+@inproceedings{radford2021clip, author={Radford, Alec and others},
+  title={Learning Transferable Visual Models From Natural Language Supervision},
+  booktitle={International Conference on Machine Learning}, year={2021}, url={https://arxiv.org/abs/2103.00020}}
+@inproceedings{li2021albef, author={Li, Junnan and others},
+  title={Align before Fuse: Vision and Language Representation Learning with Momentum Distillation},
+  booktitle={Advances in Neural Information Processing Systems}, year={2021}, url={https://arxiv.org/abs/2107.07651}}
+@misc{cardoso2022monai, author={Cardoso, M. Jorge and others},
+  title={{MONAI}: An open-source framework for deep learning in healthcare}, year={2022}, url={https://arxiv.org/abs/2211.02701}}
 @inproceedings{choi2025neuromamba, author={Choi, Jubin and Park, David Keetae and Kwon, Junbeom and Yoo, Shinjae and Cha, Jiook},
   title={{NeuroMamba}: A State-Space Foundation Model for Functional {MRI}},
   booktitle={NeurIPS 2025 Workshop on Foundation Models for the Brain and Body}, year={2025}, url={https://openreview.net/forum?id=kftg4lmQi8}}

@@ -34,6 +34,7 @@ from neuromamba.report_seeds import seed_means
 from neuromamba.report_studies import (
     describe_forecasts,
     describe_identification,
+    describe_retrieval,
     describe_scaling,
 )
 from neuromamba.report_training import (
@@ -114,6 +115,7 @@ def describe(config: Config, found: Sequence[Found]) -> dict[str, Any]:
         "scaling": describe_scaling(config),
         "forecasts": describe_forecasts(config),
         "identification": describe_identification(config),
+        "retrieval": describe_retrieval(config),
     }
     facts = _facts(found, datasets, studies, benchmarks)
     return {
@@ -165,6 +167,7 @@ def _facts(
         maps=[one["about"] for brain in brains.values() for one in brain["maps"]],
         forecasts=bool(studies["forecasts"]),
         identified=bool(studies["identification"]),
+        retrieved=bool(studies["retrieval"]),
         scaled=bool(studies["scaling"]),
         by_snakemake=not benchmarks.empty,
     )

@@ -1,4 +1,4 @@
-"""The report's sections on what few runs have: scaling, forecasts, identification of people."""
+"""The report's sections on what few runs have: scaling, forecasts, identification, retrieval."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from neuromamba.tables import read_table
 from neuromamba.verdicts import interval, number, p_value
 
 SKILL = "skill_"
+ENDS = ("_low", "_high", "_chance")
+SCORES = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
+"""Of the predictions of a retrieval, what is shown."""
 
 
 def describe_scaling(config: Config) -> list[dict[str, Any]]:
@@ -101,6 +104,59 @@ def _identified(row: dict[Any, Any]) -> dict[str, str]:
         "chance": number(float(row["chance"])),
         "p": p_value(float(row["accuracy_p"])),
         **cells,
+    }
+
+
+def describe_retrieval(config: Config) -> list[dict[str, Any]]:
+    """How well each dataset, model, seed and fold brings two kinds of data together."""
+    found = []
+    for name, label, layout, model, seed in _of_models(config):
+        folder = layout.retrieve(model, seed)
+        # What the stage writes last.
+        if not (folder / "retrieve.json").exists():
+            continue
+        facts, table = read_json(folder / "retrieve.json"), read_table(folder / "retrieve.tsv")
+        recalls = [
+            str(column)
+            for column in table
+            if str(column).startswith("recall_") and not str(column).endswith(ENDS)
+        ]
+        told = folder / "metrics.tsv"
+        metrics = read_table(told).to_dict("records") if told.exists() else []
+        found.append(
+            {
+                "label": f"{name}, {label}",
+                "facts": facts,
+                "figure": _svg(folder / "retrieve.svg"),
+                "at": [column.removeprefix("recall_") for column in recalls],
+                "rows": [_retrieved(row, recalls) for row in table.to_dict("records")],
+                "predictions": [_predicted(row) for row in metrics if row["metric"] in SCORES],
+            }
+        )
+    return found
+
+
+def _retrieved(row: dict[Any, Any], recalls: list[str]) -> dict[str, Any]:
+    return {
+        "direction": row["direction"],
+        "n": number(int(row["n"])),
+        "recalls": [
+            (interval(*_bounds(row, name)), number(float(row[f"{name}_chance"])))
+            for name in recalls
+        ],
+        "mean_rank": interval(*_bounds(row, "mean_rank")),
+        "mean_rank_chance": number(float(row["mean_rank_chance"]), 1),
+    }
+
+
+def _predicted(row: dict[Any, Any]) -> dict[str, str]:
+    return {
+        "target": row["target"],
+        "predictor": row["predictor"].replace("svm-", "SVM on embeddings: ").replace("-", " "),
+        "metric": SCORES[row["metric"]],
+        "value": interval(float(row["value"]), float(row["low"]), float(row["high"])),
+        "p": p_value(float(row["p"])),
+        "n": number(int(row["n"])),
     }
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from neuromamba.config import Classification, Config, Dataset, Finetune, Optimiser, State
 from neuromamba.qc_rules import rules_of
-from neuromamba.stages import Job, model_of
+from neuromamba.stages import STUDIES, Job, model_of
 
 
 def settings_of(config: Config, job: Job) -> dict[str, Any]:
     """The settings that a job's result depends on beside those of the jobs before it, JSON-able."""
-    if job.stage in ("pretrain", "cell", "finetune", "forecast", "identify", "explain", "evaluate"):
+    if job.stage in ("pretrain", "cell", "finetune", *STUDIES, "explain", "evaluate"):
         return _settings_of_training(config, job)
     dataset = config.datasets.get(job.dataset)
     match job.stage:
@@ -112,6 +112,10 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
         case "identify":
             own = {key: evaluate[key] for key in ("bootstrap", "confidence", "permutations")}
             return {"evaluate": own | {"allow_seen_subjects": evaluate["allow_seen_subjects"]}}
+        case "retrieve":
+            unused = {"baselines", "confounds"}
+            own = {"retrieve": config.retrieve.model_dump(mode="json")}
+            return own | {"evaluate": {k: v for k, v in evaluate.items() if k not in unused}}
         case "explain":
             return {"explain": config.explain.model_dump(mode="json")}
     return {"evaluate": evaluate}

@@ -36,6 +36,7 @@ STAGES = (
     "report",
     "forecast",
     "identify",
+    "retrieve",
     "explain",
     "cell",
     "scaling",
@@ -43,6 +44,9 @@ STAGES = (
 )
 """`cell` is one pretraining of the scaling study."""
 
+
+STUDIES = ("forecast", "identify", "retrieve")
+"""What is asked of a pretrained model as it is."""
 
 _MODULES = {
     "index": "bids",
@@ -148,11 +152,11 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             folds = [replace(job, fold=name) for name in config.splits.names]
             trained = [_pretrain(config, fold) for fold in folds]
             return [Job("excluded", job.dataset), *trained, *evaluated]
-        case "forecast" | "identify":
+        case "forecast" | "identify" | "retrieve":
             first = [Job("splits", job.dataset), _pretrain(config, job)]
             besides = {"rois"} if job.stage == "identify" else set()
             wanted = {*model_of(config, job).arrays, *besides}
-            made = _arrays(config, members, [one for one in BATCHED if one in wanted])
+            made = _arrays(config, members, [one for one in (*BATCHED, "anat") if one in wanted])
             return [*first, *made, *_checked(config, members)]
         case "scaling":
             return _cells(config, job.dataset)
@@ -170,7 +174,7 @@ def extra_jobs(config: Config) -> list[Job]:
         for fold in config.splits.names:
             job = Job("forecast", name, model=model, seed=seed, fold=fold)
             if model in config.pretrained_models:
-                jobs += [job, replace(job, stage="identify")]
+                jobs += [replace(job, stage=stage) for stage in STUDIES]
             targets = config.datasets[name].subject_targets
             jobs += [replace(job, stage="explain", target=target) for target in targets]
         if model in config.ablations:
@@ -282,6 +286,8 @@ def output_of(config: Config, job: Job) -> Path:
             return layout.forecast(job.model, job.seed) / "forecast.json"
         case "identify":
             return layout.identify(job.model, job.seed) / "identify.json"
+        case "retrieve":
+            return layout.retrieve(job.model, job.seed) / "retrieve.json"
         case "explain":
             return layout.explain(job.model, job.seed, job.target) / "explain.json"
         case "scaling":

@@ -132,6 +132,31 @@ def add_studies(
     write_json(layout.scaling / "fit.json", fit)
 
 
+def add_retrieval(config: Config, model: str = "small") -> None:
+    """A retrieval of images and networks, with predictions by prompts, in the form of its stage."""
+    folder, rows = Layout.of(config, "toy").retrieve(model, 0), []
+    for direction in ("image to network", "network to image"):
+        row: dict[str, Any] = {"direction": direction, "n": 16, "choices": 16}
+        for name, values in {
+            "recall_1": (0.25, 0.125, 0.5, 0.0625),
+            "recall_5": (0.75, 0.5, 0.875, 0.3125),
+            "mean_rank": (3.5, 2.5, 4.5, 8.5),
+        }.items():
+            ends = (*INTERVAL, "_chance")
+            row |= {f"{name}{end}": value for end, value in zip(ends, values, strict=True)}
+        rows.append(row)
+    write_table(folder / "retrieve.tsv", pd.DataFrame(rows))
+    metrics = {"value": 0.8, "low": 0.6, "high": 0.9, "p": 0.002, "n": 16, "target": "sex"}
+    told = [
+        {"predictor": name, "metric": metric, **metrics}
+        for name in ("network-prompting", "svm-image")
+        for metric in ("auroc", "brier")
+    ]
+    write_table(folder / "metrics.tsv", pd.DataFrame(told))
+    write_text(folder / "retrieve.svg", SVG)
+    write_json(folder / "retrieve.json", {"seen_subjects": ["sub-000"]})
+
+
 def add_overview(config: Config) -> None:
     """A table of quality in which one run is flagged, and the page of that run."""
     layout = Layout.of(config, "toy")

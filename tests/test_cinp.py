@@ -104,6 +104,27 @@ def test_embeddings_are_of_images_or_else_of_networks() -> None:
     assert pairs.paired.tolist() == [True, True, False, True]
 
 
+def test_a_prepared_model_tells_samples_apart_that_were_nearly_the_same() -> None:
+    model, batch = cinp().train(), make_batch(6)
+    batch["has_anat"][5] = batch["has_fc"][4] = False
+    kept = {"first": [0, 1, 2, 3, 4], "second": [0, 1, 2, 3, 5]}
+    before = model.eval().embed_pairs(batch)
+    close = before.first[:5] @ before.first[:5].T
+    assert float(close.min()) > 0.9
+    model.train().prepare([rows(batch, slice(0, 4)), rows(batch, slice(4, 6))])
+    assert model.training
+    model.eval()
+    for kind, project, inputs in (
+        ("first", model.image, (batch["anat"],)),
+        ("second", model.head.network, (batch["fc"], batch["present"])),
+    ):
+        values = project(*inputs)[kept[kind]]
+        assert torch.allclose(values.mean(0), torch.zeros(WIDTH), atol=1e-3)
+        assert torch.allclose(values.std(0, correction=0), torch.ones(WIDTH), atol=1e-3)
+    after = model.embed_pairs(batch).first[:5]
+    assert float((after @ after.T).fill_diagonal_(0).max()) < 0.9
+
+
 def test_an_embedding_does_not_depend_on_what_is_embedded_with_it() -> None:
     model, batch = cinp().eval(), make_batch()
     assert torch.allclose(model.embed(rows(batch, [1]))[0], model.embed(batch)[1], atol=1e-5)

@@ -153,6 +153,31 @@ def test_models_of_series_are_told_with_their_regions(
     assert key in found.bibtex
 
 
+def test_a_model_of_images_and_networks_is_told_with_its_losses_and_weights(tmp_path: Path) -> None:
+    regions = {"atlas": "twelve", "atlas_sha256": "a", "n_rois": 12}
+    texts = []
+    for own, weights in (({}, None), ({"mim": 0.0, "inm": 0.0}, {"loaded": ["a", "b"]})):
+        model = TypeAdapter(Model).validate_python({"family": "cinp", **own})
+        given = {"model": model.model_dump(mode="json"), "regions": regions}
+        one = training()
+        info = one.info | {"settings": one.info["settings"] | given, "image_weights": weights}
+        facts = Facts(data=[], trainings=[replace(one, info=info)], retrieved=True)
+        found = describe_methods(make_config(tmp_path), facts)
+        texts.append(found.markdown)
+        assert {"hu2025cinp", "tang2022swin", "kan2022bnt"} <= set(cited_keys(texts[-1]))
+        assert "the 12 regions of twelve" in texts[-1]
+        assert "each window a subject's image and the network of a whole run" in texts[-1]
+        assert "Networks of test subjects were retrieved by their images" in texts[-1]
+    whole, contrast = texts
+    assert (
+        "a symmetric contrast of both [@radford2021clip], masked image modelling (L1, 30%" in whole
+    )
+    assert "and the matching of pairs against hard negatives" in whole
+    assert "began with published weights" not in whole
+    assert "learnt by a symmetric contrast of both [@radford2021clip]." in contrast
+    assert "began with published weights (2 tensors fitted)" in contrast
+
+
 def test_statistics_follow_from_the_predictions(tmp_path: Path) -> None:
     config = make_config(tmp_path, splits={"protocol": "k-fold", "folds": 3, "repeats": 2})
     plain = describe_methods(make_config(tmp_path), Facts(data=[], evaluations=[of_subjects()]))
@@ -178,6 +203,7 @@ def test_every_citation_has_an_entry_and_every_entry_is_cited(tmp_path: Path) ->
         maps=[{"subjects": 9}],
         forecasts=True,
         identified=True,
+        retrieved=True,
         scaled=True,
         by_snakemake=True,
     )

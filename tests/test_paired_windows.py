@@ -19,13 +19,14 @@ from neuromamba.config import Config
 from neuromamba.demo import write_demo
 from neuromamba.evaluate import run_evaluate
 from neuromamba.excluded import run_excluded
-from neuromamba.files import InputError
+from neuromamba.files import InputError, read_json
 from neuromamba.finetune import run_finetune
 from neuromamba.identify import run_identify
 from neuromamba.layout import Layout
 from neuromamba.models import Cinp
 from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import list_training, make_network, make_record, run_pretrain
+from neuromamba.retrieve import run_retrieve
 from neuromamba.rois import run_rois
 from neuromamba.splits import read_split, run_splits
 from neuromamba.stages import Job, jobs_before
@@ -165,10 +166,54 @@ def test_pretraining_probing_and_tuning_predict_every_test_subject(made: Path) -
         run_identify(config, "demo", "m", 0)
 
 
+def test_images_and_networks_are_retrieved_and_prompted(made: Path) -> None:
+    config = make_config(made)
+    run_pretrain(config, "demo", "m", 0)
+    run_retrieve(config, "demo", "m", 0)
+    layout = Layout.of(config, "demo")
+    folder, split = layout.retrieve("m", 0), read_split(layout.split)
+    facts = read_json(folder / "retrieve.json")
+    both = [name for name in split["test"] if name != WITHOUT]
+    assert facts["kinds"] == ["image", "network"]
+    assert facts["n_pairs"] == len(both)
+    ranks = read_table(folder / "ranks.tsv")
+    assert sorted(ranks["subject"].unique()) == sorted(both)
+    assert ranks["rank"].between(1, len(both)).all()
+    table = read_table(folder / "retrieve.tsv").set_index("direction")
+    assert list(table.index) == ["image to network", "network to image"]
+    for name, row in table.iterrows():
+        own = ranks.loc[ranks["direction"] == name, "rank"]
+        assert row["recall_1"] == pytest.approx((own == 1).mean())
+    with np.load(folder / "embeddings.npz", allow_pickle=False) as found:
+        assert found["subject"].tolist() == sorted(n for part in split.values() for n in part)
+        lacking = np.isnan(found["image"]).all(axis=1)
+        assert found["subject"][lacking].tolist() == [WITHOUT]
+        assert np.allclose(np.linalg.norm(found["network"], axis=1), 1, atol=1e-5)
+    predicted = read_table(folder / "predictions.tsv")
+    told = ["network-prompting", "svm-image", "svm-network", "majority"]
+    assert predicted["predictor"].unique().tolist() == told
+    assert sorted(predicted["subject"].unique()) == sorted(both)
+    metrics = read_table(folder / "metrics.tsv")
+    assert set(metrics["target"]) == {"sex"}
+    assert {"auroc", "balanced_accuracy"} <= set(metrics["metric"])
+    # One subject a class prompts it, of the training part.
+    assert facts["references"] == {"sex": {"female": 1, "male": 1}}
+    assert b"<svg" in (folder / "retrieve.svg").read_bytes()
+
+
+def test_only_a_model_of_pairs_can_retrieve(made: Path) -> None:
+    settings = make_config(made).model_dump(mode="json")
+    settings["models"] = {"plain": {"family": "lmae", "volumes": 20, "patch": 5}}
+    with pytest.raises(InputError, match="brings no two kinds of data together"):
+        run_retrieve(Config.model_validate(settings), "demo", "plain", 0)
+
+
 def test_its_jobs_come_after_those_of_images_and_regions(made: Path) -> None:
     config = make_config(made)
     before = {job.stage for job in jobs_before(config, Job("pretrain", "demo", model="m"))}
     assert before == {"splits", "rois", "anat"}
+    before = {job.stage for job in jobs_before(config, Job("retrieve", "demo", model="m"))}
+    assert before == {"splits", "pretrain", "rois", "anat"}
 
 
 def test_published_weights_are_told_of(made: Path, tmp_path: Path) -> None:

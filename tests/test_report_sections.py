@@ -20,6 +20,7 @@ from reports import (
     add_benchmarks,
     add_maps,
     add_overview,
+    add_retrieval,
     add_studies,
     add_tokens,
     of_subjects,
@@ -197,6 +198,19 @@ def test_an_identification_of_seen_subjects_says_so(config: Config) -> None:
     # It has not ended where its last file is not there.
     (Layout.of(config, "toy").identify("small", 0) / "identify.json").unlink()
     assert "identification" not in ids_of(config)
+
+
+def test_a_retrieval_is_shown_beside_chance_with_what_prompts_tell(config: Config) -> None:
+    assert "retrieval" not in ids_of(config)
+    add_retrieval(config)
+    assert "retrieval" in ids_of(config)
+    text = page_of(config)
+    assert "recall at 1 chance at 1 recall at 5 chance at 5 mean rank" in text
+    assert "image to network 0.250 [0.125, 0.500] 0.062 0.750 [0.500, 0.875] 0.312 3.50" in text
+    assert "sex network prompting AUROC 0.800 [0.600, 0.900] 0.002 16" in text
+    assert "sex SVM on embeddings: image AUROC" in text
+    assert "brier" not in text.lower().split("retrieval by")[-1]
+    assert "1 of these subjects were used to train the model." in text
 
 
 def test_models_that_share_a_pretraining_have_its_studies_once(tmp_path: Path) -> None:

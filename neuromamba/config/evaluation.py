@@ -33,6 +33,18 @@ class Explain(Section):
     steps: PositiveInt | None = None
 
 
+class Retrieve(Section):
+    """Retrieval and prompting by models that bring two kinds of data together.
+
+    `recall_at` are the k's of recall; `share` is how many of a class's training subjects prompt it,
+    in `groups` equal groups.
+    """
+
+    recall_at: list[PositiveInt] = Field(default=[1, 5, 10], min_length=1)
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    groups: PositiveInt = 5
+
+
 class Evaluate(Section):
     """Intervals over subjects, tests by permutation, and the baselines.
 

@@ -32,6 +32,7 @@ from neuromamba.config.data import (
 from neuromamba.config.dataset import Dataset
 from neuromamba.config.evaluation import Evaluate as Evaluate
 from neuromamba.config.evaluation import Explain as Explain
+from neuromamba.config.evaluation import Retrieve as Retrieve
 from neuromamba.config.models import Cinp as Cinp
 from neuromamba.config.models import Lmae as Lmae
 from neuromamba.config.models import Model as Model
@@ -112,6 +113,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     forecast: Forecast = Forecast()
     explain: Explain = Explain()
+    retrieve: Retrieve = Retrieve()
     compute: Compute = Compute()
     scaling: Scaling = Scaling()
     _fold: str = PrivateAttr("")

@@ -20,6 +20,9 @@ ours:
   2101.06983): chunks are encoded without a graph, the loss is of all embeddings, and each chunk is
   encoded again, with the same random numbers, when its embeddings' gradient is there. This is what
   checkpointing each chunk's encoding does.
+- Images of different people are nearly the same to a network that has not learnt, and it would take
+  hundreds of steps until its embeddings differ. `prepare` centres and scales both projections by
+  samples of the training part before the first step.
 - Masks and changes of a sample are a function of the step and of its place in the whole batch.
 
 Dimensions in names: B samples, Z, Y, X voxels, R regions, C channels of the embeddings.
@@ -27,7 +30,7 @@ Dimensions in names: B samples, Z, Y, X voxels, R regions, C channels of the emb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -119,6 +122,10 @@ class Cinp(nn.Module):
     def image_encoder(self) -> nn.Module:
         return self.image.swin
 
+    @property
+    def similarity_scale(self) -> Tensor:
+        return self.head.scale.logarithm.detach().exp()
+
     def embed(self, batch: Batch) -> Tensor:
         """Of the image, or of the network where there is no image: (B, C) float32, of length 1.
 
@@ -130,14 +137,40 @@ class Cinp(nn.Module):
         first = normalise(self.image(images))
         if bool(batch["has_anat"].all()):
             return first
-        second = normalise(self.head.network(batch["fc"], batch["present"]))
+        second = normalise(self._networks(batch))
         return torch.where(batch["has_anat"][:, None], first, second)
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Centre and scale both projections, so that samples of the training part differ at once.
+
+        Each channel of the projections gets mean 0 and SD 1 over the samples, by a change of the
+        last layers' weights: before a first step, and never again.
+        """
+        mode = self.training
+        self.eval()
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for batch in batches:
+            images, networks = self.image(batch["anat"]), self._networks(batch)
+            found[0].append(images[batch["has_anat"]])
+            found[1].append(networks[batch["has_fc"]])
+        self.train(mode)
+        for layer, parts in zip((self.image.project, self.head.network.last), found, strict=True):
+            rows = torch.cat(parts).double()
+            if len(rows) < 2:
+                continue
+            sd = rows.std(0, correction=0)
+            # What is the same for everybody stays as it is.
+            scale = torch.where(sd > 1e-6 * rows.abs().mean(0), 1 / sd, 1.0)
+            shift = layer.bias.double() - rows.mean(0)
+            layer.weight.mul_(scale[:, None])
+            layer.bias.copy_(shift * scale)
 
     @torch.no_grad()
     def embed_pairs(self, batch: Batch) -> Pairs:
         """Embeddings of images (first) and networks (second), one row a sample of the batch."""
         first = normalise(self.image(batch["anat"]))
-        second = normalise(self.head.network(batch["fc"], batch["present"]))
+        second = normalise(self._networks(batch))
         return Pairs(first, second, batch["has_anat"], batch["has_fc"], batch["person"])
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -219,6 +252,9 @@ class Cinp(nn.Module):
         counted = hidden & (images != 0) & there[:, None, None, None]
         each = (errors * counted).sum((1, 2, 3)) / counted.sum((1, 2, 3)).clamp(min=1)
         return first, second, each
+
+    def _networks(self, batch: Batch) -> Tensor:
+        return self.head.network(batch["fc"], batch["present"])
 
     def _changed(self, images: Tensor, seeds: list[int]) -> Tensor:
         if self._change is None:

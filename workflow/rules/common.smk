@@ -86,6 +86,7 @@ RULES = {
     "report": "report",
     "forecast": "forecast_model",
     "identify": "identify_subjects",
+    "retrieve": "retrieve_pairs",
     "explain": "explain_model",
     "cell": "pretrain_cell",
     "scaling": "fit_scaling",

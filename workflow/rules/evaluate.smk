@@ -117,6 +117,36 @@ rule identify_subjects:
         "neuromamba identify {params.run} {params.fold} 2>&1 | tee {log}"
 
 
+rule retrieve_pairs:
+    """Find the test subjects' images by their networks and the other way, and prompt classes."""
+    input:
+        needs("retrieve"),
+    output:
+        expand(
+            f"{MODEL}/retrieve{{fold}}/{{file}}",
+            file=["embeddings.npz", "ranks.tsv", "retrieve.tsv", "retrieve.json"],
+            allow_missing=True,
+        ),
+        report(
+            f"{MODEL}/retrieve{{fold}}/retrieve.svg",
+            caption="../report/retrieve.rst",
+            category="Retrieval ({dataset})",
+            labels={"model": "{model}", "seed": "{seed}"},
+        ),
+    log:
+        f"logs/{MODEL}/retrieve{{fold}}.log",
+    benchmark:
+        f"logs/{MODEL}/retrieve{{fold}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
+    threads: 4
+    params:
+        run=TRAINING,
+        fold=option_of_fold,
+    shell:
+        "neuromamba retrieve {params.run} {params.fold} 2>&1 | tee {log}"
+
+
 rule explain_model:
     """Map where in the brain the predictions of one target come from, with checks of the map."""
     input:
