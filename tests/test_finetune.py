@@ -14,13 +14,14 @@ from torch import nn
 
 from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.checkpoint import load_model_info
-from neuromamba.config import Config, NeuroMamba
+from neuromamba.config import Config, Finetune, NeuroMamba
 from neuromamba.files import InputError
 from neuromamba.finetune import predict_subjects, run_finetune
 from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.labels import make_task, read_labels
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
+from neuromamba.optimiser import make_optimizer
 from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import run_pretrain
 from neuromamba.record import seen_subjects
@@ -130,9 +131,25 @@ def test_learning_rates_follow_the_width_under_a_head_too():
     settings = NeuroMamba(family="neuromamba", width=32, base_width=8, depth=1, state=4)
     model = HeadedModel(build_model(settings, 16), NumberHead(0.0, 1.0), 0.0, frozen=False)
     scales = model.learning_rate_scales()
+    assert scales.pop("head.1.weight") == 1.0
     assert set(scales.values()) == {0.25}
     assert set(scales) <= {name for name, _ in model.named_parameters()}
     assert "backbone.blocks.0.mixer.in_proj.weight" in scales
+
+
+@pytest.mark.parametrize("width", [128, 20_000])
+def test_a_step_moves_the_output_no_more_in_wide_embeddings(width: int):
+    """Of a head on 20,000 features at the full rate it would move by 100 times as much."""
+    backbone = Mean()
+    backbone.width, backbone.scale = width, torch.nn.Parameter(torch.ones(width))
+    model = HeadedModel(backbone, NumberHead(0.0, 1.0), 0.0, frozen=True).train()
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(4, width), "label": torch.ones(4)}
+    optimiser = make_optimizer(model, Finetune(learning_rate=1e-3, weight_decay=0.0))
+    model.loss(batch)["loss"].backward()
+    optimiser.step()
+    moved = model.predict_features(model.features(batch)).abs().max().item()
+    assert 0.02 < moved < 0.2
 
 
 def test_a_full_model_gets_gradients_everywhere():
