@@ -21,7 +21,7 @@ from neuromamba.heads import ClassHead, HeadedModel, NumberHead
 from neuromamba.labels import make_task, read_labels
 from neuromamba.layout import Layout
 from neuromamba.models import build_model
-from neuromamba.optimiser import make_optimizer
+from neuromamba.optimiser import make_optimizer, set_learning_rate
 from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import run_pretrain
 from neuromamba.record import seen_subjects
@@ -146,6 +146,7 @@ def test_a_step_moves_the_output_no_more_in_wide_embeddings(width: int):
     torch.manual_seed(0)
     batch = {"x": torch.randn(4, width), "label": torch.ones(4)}
     optimiser = make_optimizer(model, Finetune(learning_rate=1e-3, weight_decay=0.0))
+    set_learning_rate(optimiser, 1e-3)
     model.loss(batch)["loss"].backward()
     optimiser.step()
     moved = model.predict_features(model.features(batch)).abs().max().item()
