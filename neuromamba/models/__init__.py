@@ -24,8 +24,6 @@ and, if it likes,
 - ``embed_pairs(batch)``: normalised embeddings (samples, width) of each of the kinds of data that
   it brings together, and which of them there are (see `neuromamba.models.contrastive.Pairs`), and
   `similarity_scale`: what makes logits of their similarities;
-- ``prepare(batches)``: set what depends on data, by samples of the training part, before the first
-  step of a pretraining;
 - ``image_encoder``: the network that the file `image_weights` of its settings is for.
 """
 

@@ -31,6 +31,8 @@ from torch.nn import functional
 
 LARGEST_SCALE = 100.0
 """Of the similarities (CLIP)."""
+SMALLEST = 1e-12
+"""Variance that is added, so that what is the same for everybody becomes 0."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,53 @@ def at_least_float32(values: Tensor) -> Tensor:
 def normalise(embeddings: Tensor) -> Tensor:
     """Embeddings (N, C) in float32, of length 1."""
     return functional.normalize(at_least_float32(embeddings), dim=-1)
+
+
+class Standardise(nn.Module):
+    """Each channel minus its mean, over its SD: batch normalisation over all samples.
+
+    In training the mean and SD are those of the samples of all processes and chunks, in evaluation
+    running ones, so that an embedding does not depend on what is embedded with it.
+
+    Parameters
+    ----------
+    width : int
+        Channels, C.
+    momentum : float
+        Share of the newest batch in the running mean and variance.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, values: Tensor, there: Tensor | None = None) -> Tensor:
+        """Values (N, C) in float32 at least; rows that are not `there` (N,) have no influence.
+
+        Without `there`, each row is taken for itself, by the running mean and variance.
+        """
+        values = at_least_float32(values)
+        mean, variance = self.mean, self.variance
+        if self.training and there is not None and int(there.sum()) > 1:
+            rows = values[there]
+            mean = rows.mean(0)
+            variance = (rows - mean).square().mean(0)
+            self._remember(mean.detach(), variance.detach())
+        return (values - mean) / (variance + SMALLEST).sqrt()
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        share = self.momentum if int(self.batches) else 1.0
+        self.mean.lerp_(mean.to(self.mean.dtype), share)
+        self.variance.lerp_(variance.to(self.variance.dtype), share)
+        self.batches += 1
 
 
 class LogitScale(nn.Module):
