@@ -151,7 +151,7 @@ def test_matching_tells_pairs_from_hard_negatives() -> None:
     assert float(found["loss"]) == pytest.approx(50, rel=1e-6)
 
 
-def test_values_are_standardised_by_who_is_there_and_by_running_means_in_evaluation() -> None:
+def test_values_are_standardised_by_who_is_there_and_each_by_what_was_settled() -> None:
     drawn = torch.Generator().manual_seed(0)
     values = 100 + 0.01 * torch.randn(8, 5, generator=drawn, dtype=torch.float64)
     there = torch.tensor([True] * 6 + [False] * 2)
@@ -159,15 +159,11 @@ def test_values_are_standardised_by_who_is_there_and_by_running_means_in_evaluat
     found = layer(values, there)
     assert torch.allclose(found[:6].mean(0), torch.zeros(5).double(), atol=1e-6)
     assert torch.allclose(found[:6].std(0, correction=0), torch.ones(5).double(), atol=1e-6)
-    # The first batch is all that is known; later ones come in by their share.
-    assert torch.allclose(layer.mean, values[:6].mean(0))
-    layer(values + 10, there)
-    assert torch.allclose(layer.mean, values[:6].mean(0) + 1)
-    layer.eval()
-    alone = layer(values[:1], there[:1])
-    wanted = (values[:1] - layer.mean) / (layer.variance + 1e-12).sqrt()
-    assert torch.allclose(alone, wanted)
-    assert int(layer.batches) == 2
+    assert torch.allclose(layer(values), values)  # nothing has been settled
+    layer.settle(values[:6])
+    assert torch.allclose(layer(values[:1]), found[:1])
+    layer.settle(values[:1])  # of one there is no SD
+    assert torch.allclose(layer(values[:1]), found[:1])
 
 
 def test_what_is_the_same_for_everybody_becomes_0() -> None:

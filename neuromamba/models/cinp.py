@@ -23,7 +23,7 @@ ours:
 - Images of different people are nearly the same to a network, and a contrast falls back on giving
   everybody one embedding. Projections are therefore standardised over the people of the whole batch
   before they are brought to length 1 (`contrastive.Standardise`), as SimCLR's are (Chen et al.
-  2020, arXiv 2002.05709); in evaluation by running means.
+  2020, arXiv 2002.05709); an embedding goes by the means over training subjects (`settle`).
 - Masks and changes of a sample are a function of the step and of its place in the whole batch.
 
 Dimensions in names: B samples, Z, Y, X voxels, R regions, C channels of the embeddings.
@@ -31,8 +31,9 @@ Dimensions in names: B samples, Z, Y, X voxels, R regions, C channels of the emb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -145,6 +146,19 @@ class Cinp(nn.Module):
         return torch.where(batch["has_anat"][:, None], first, second)
 
     @torch.no_grad()
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Set the means and SDs that embeddings go by, from samples as they are."""
+        mode = self.training
+        self.eval()
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for batch in batches:
+            found[0].append(self.image(batch["anat"])[batch["has_anat"]])
+            found[1].append(self._networks(batch)[batch["has_fc"]])
+        self.train(mode)
+        for one, parts in zip(self.head.standardise, found, strict=True):
+            cast(Standardise, one).settle(torch.cat(parts))
+
+    @torch.no_grad()
     def embed_pairs(self, batch: Batch) -> Pairs:
         """Embeddings of images (first) and networks (second), one row a sample of the batch."""
         first = self._known(0, self.image(batch["anat"]))
@@ -201,7 +215,7 @@ class Cinp(nn.Module):
         return replace(raw, first=first, second=second)
 
     def _known(self, kind: int, projected: Tensor) -> Tensor:
-        """The embedding of each sample for itself, by the running means of the pretraining."""
+        """The embedding of each sample for itself, by what `settle` has found."""
         return normalise(self.head.standardise[kind](projected))
 
     def _encode_chunks(self, batch: Batch, seeds: list[int]) -> Encoded:

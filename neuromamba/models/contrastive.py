@@ -113,50 +113,51 @@ def normalise(embeddings: Tensor) -> Tensor:
 
 
 class Standardise(nn.Module):
-    """Each channel minus its mean, over its SD: batch normalisation over all samples.
+    """Each channel minus its mean over people, over its SD.
 
-    In training the mean and SD are those of the samples of all processes and chunks, in evaluation
-    running ones, so that an embedding does not depend on what is embedded with it.
+    In a loss these are of all samples of the batch, of all processes and chunks, as in batch
+    normalisation. An embedding goes by those of `settle`, so that it does not depend on what is
+    embedded with it. Running means would not do: they lag behind an encoder that learns, and are of
+    samples that were changed at random.
 
     Parameters
     ----------
     width : int
         Channels, C.
-    momentum : float
-        Share of the newest batch in the running mean and variance.
     """
 
     mean: Tensor
     variance: Tensor
-    batches: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.1) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("variance", torch.ones(width))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, values: Tensor, there: Tensor | None = None) -> Tensor:
         """Values (N, C) in float32 at least; rows that are not `there` (N,) have no influence.
 
-        Without `there`, each row is taken for itself, by the running mean and variance.
+        Without `there`, each row is taken for itself.
         """
         values = at_least_float32(values)
         mean, variance = self.mean, self.variance
-        if self.training and there is not None and int(there.sum()) > 1:
-            rows = values[there]
-            mean = rows.mean(0)
-            variance = (rows - mean).square().mean(0)
-            self._remember(mean.detach(), variance.detach())
+        if there is not None and int(there.sum()) > 1:
+            mean, variance = moments(values[there])
         return (values - mean) / (variance + SMALLEST).sqrt()
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        share = self.momentum if int(self.batches) else 1.0
-        self.mean.lerp_(mean.to(self.mean.dtype), share)
-        self.variance.lerp_(variance.to(self.variance.dtype), share)
-        self.batches += 1
+    def settle(self, values: Tensor) -> None:
+        """Take the mean and variance of (N, C), for embeddings; of fewer than two, nothing."""
+        if len(values) > 1:
+            mean, variance = moments(values.double())
+            self.mean.copy_(mean)
+            self.variance.copy_(variance)
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over (N, C), each (C,)."""
+    mean = rows.mean(0)
+    return mean, (rows - mean).square().mean(0)
 
 
 class LogitScale(nn.Module):
