@@ -169,15 +169,19 @@ def main() -> None:
     config = make_config(options.folder, options.steps)
     prepare(config, options.folder, options.subjects, options.labels)
     run_baselines(config, "demo", "sex")
-    results = [run_seed(config, seed) for seed in options.seeds]
-    about = (
-        f"{head(host, PACKAGES)}\n{options.subjects} synthetic subjects, {results[0]['n_test']} of "
-        f"them for tests; {SHARE:.0%} of the variance of anatomy, by network, is connectivity's. "
-        f"{options.steps} steps of pretraining; sex is learnt from {options.labels} training "
-        f"subjects. {np.mean([one['seconds'] for one in results]) / 60:.0f} minutes a seed."
-    )
-    result = {"machine": host, "settings": vars(options) | {"folder": ""}, "results": results}
-    write_results(RESULTS, "cinp_demo", result, describe(results, about) + "\n")
+    results: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        # Written after each, since a seed takes minutes.
+        results.append(run_seed(config, seed))
+        minutes = np.mean([one["seconds"] for one in results]) / 60
+        about = (
+            f"{head(host, PACKAGES)}\n{options.subjects} synthetic subjects, "
+            f"{results[0]['n_test']} of them for tests; {SHARE:.0%} of the variance of anatomy, by "
+            f"network, is connectivity's. {options.steps} steps of pretraining; sex is learnt from "
+            f"{options.labels} training subjects. {minutes:.0f} minutes a seed."
+        )
+        result = {"machine": host, "settings": vars(options) | {"folder": ""}, "results": results}
+        write_results(RESULTS, "cinp_demo", result, describe(results, about) + "\n")
 
 
 if __name__ == "__main__":

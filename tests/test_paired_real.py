@@ -24,7 +24,7 @@ ATLAS = "AAL116_space-MNI152NLin6_res-2.nii.gz"
 @pytest.mark.slow
 def test_a_real_subject_goes_from_raw_scans_to_a_step(real_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("ants", reason="the ants extra is not installed")
-    raw = {"bids": str(real_data / "studyforrest_sub02_bids")}
+    raw = {"bids": str(real_data / "studyforrest_sub02_bids"), "space": "MNI152NLin2009aSym"}
     model = {"family": "cinp", "width": 32, "feature_size": 12, "window": 4, "network_hidden": 32}
     config = Config.model_validate(
         {
