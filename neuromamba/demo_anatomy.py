@@ -2,7 +2,7 @@ r"""T1-weighted images of the demo's subjects, whose anatomy tells part of their
 
 For voxel `v` in network `k`, with the template's intensity `m_v`:
 
-    t_v = 1000 I m_v [1 + TISSUE d_k + ANATOMY_SD s_v + NOISE w_v]
+    t_v = 1000 I m_v [1 + TISSUE d_k + SMOOTH s_v + NOISE w_v]
     d_k = sqrt(SHARE) z_k + sqrt(1 - SHARE) e_k
 
 `z_k` is the subject's deviation of `logit c_k` (see `demo_signal`) in units of its SD over
@@ -25,7 +25,6 @@ from neuromamba.demo_brain import NETWORKS, Brain
 from neuromamba.demo_run import SPACE, TEMPLATE, open_nifti, paint, with_suffix
 from neuromamba.demo_signal import (
     AGE,
-    ANATOMY_SD,
     BASE_COHERENCE,
     SEX,
     SITES,
@@ -36,8 +35,9 @@ from neuromamba.demo_signal import (
 from neuromamba.files import write_json
 
 SHARE = 0.7
-TISSUE = 0.06
-NOISE = 0.03
+TISSUE = 0.2
+SMOOTH = 0.1
+NOISE = 0.05
 
 
 def deviations(connectivity: Connectivity) -> NDArray[np.float64]:
@@ -59,7 +59,7 @@ def draw_t1w(
     tissue = np.sqrt(SHARE) * deviations(connectivity) + np.sqrt(1 - SHARE) * own
     smooth = brain.smoother @ rng.standard_normal(brain.smoother.shape[1]).astype(np.float32)
     white = rng.standard_normal(brain.n_voxels).astype(np.float32)
-    change = TISSUE * tissue[brain.network][brain.parcel] + ANATOMY_SD * smooth + NOISE * white
+    change = TISSUE * tissue[brain.network][brain.parcel] + SMOOTH * smooth + NOISE * white
     image = 1000 * SITES[subject.site].scale * brain.intensity * (1 + change)
     return image.astype(np.float32), tissue
 

@@ -26,18 +26,13 @@ from neuromamba.models import build_model
 from neuromamba.participants import read_participants
 from neuromamba.record import OnChange, ancestry
 from neuromamba.roi_windows import read_regions
-from neuromamba.runtime import choose_device
-from neuromamba.scalars import to_device
 from neuromamba.shares import nested_share
 from neuromamba.source_code import code_of
-from neuromamba.spacing import some_of
 from neuromamba.splits import read_split
 from neuromamba.stage_settings import relevant_settings
 from neuromamba.trained import already_there, train_and_save
 
 PARTS = ("train", "validation")
-PREPARED = 64
-"""Training subjects by which a model is prepared, at most (our choice)."""
 
 
 def run_pretrain(
@@ -101,20 +96,7 @@ def run_pretrain(
     if isinstance(pool := getattr(network, "pool", None), nn.Module):
         pool.requires_grad_(False)  # no part of the loss
     windows = open_windows(config, dataset, model, network, subjects, runs)
-    if not start and hasattr(network, "prepare"):
-        prepare(network, windows["train"], choose_device(config.compute.device))
     train_and_save(network, settings, windows, folder, record, config, on_change, facts=facts)
-
-
-def prepare(network: nn.Module, train: Windows, device: torch.device) -> None:
-    """Let a model set what depends on data, by windows of some training subjects, a few at a time.
-
-    Each process of a training does the same, on the device where it will train.
-    """
-    network.to(device)
-    spaced = train.spaced(1, some_of(train.subjects, PREPARED))
-    batches = tqdm(train.batches(spaced, 4), "prepare", mininterval=1.0, leave=False)
-    network.prepare(to_device(batch, device) for batch in batches)  # type: ignore[operator]
 
 
 def list_training(

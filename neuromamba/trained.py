@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -19,7 +20,12 @@ from neuromamba.owned import OwnedFolder, own
 from neuromamba.prefetch import prefetch
 from neuromamba.record import OnChange
 from neuromamba.runtime import choose_device, describe_device, telling_full_disk
+from neuromamba.scalars import to_device
+from neuromamba.spacing import some_of
 from neuromamba.train import Fitted, fit
+
+SETTLED = 256
+"""Training subjects by which a model settles, at most (our choice)."""
 
 Facts = Mapping[str, Any]
 """Entries of `model.json`."""
@@ -88,10 +94,29 @@ def train_and_save(
             on_change=on_change,
         )
         plain = replace(fitted, weights=merge(fitted.weights), last=merge(fitted.last))
+        if world.leads and hasattr(network, "settle"):
+            plain = settled(network, plain, train, device)
         return plain, {"step": settings.steps}
 
     known = {**counts, "device": describe_device(device), **(facts or {})}
     save_trained(windows, folder, record, on_change, known, train_network)
+
+
+def settled(network: nn.Module, fitted: Fitted, train: Windows, device: torch.device) -> Fitted:
+    """A training whose weights, those kept and the last, the model's `settle` has seen to.
+
+    It gets a window of each of some training subjects, a few at a time.
+    """
+    spaced = train.spaced(1, some_of(train.subjects, SETTLED))
+    found = []
+    for weights in (fitted.last, fitted.weights):
+        network.load_state_dict(weights)
+        batches = tqdm(train.batches(spaced, 4), "settle", mininterval=1.0, leave=False)
+        network.settle(to_device(batch, device) for batch in batches)  # type: ignore[operator]
+        # A copy, for what is loaded next goes into the same tensors.
+        found.append({n: value.cpu().clone() for n, value in network.state_dict().items()})
+    last, kept = found
+    return replace(fitted, weights=kept, last=last)
 
 
 def save_trained(

@@ -14,6 +14,7 @@ from neuromamba.models.contrastive import (
     LogitScale,
     Matcher,
     Pairs,
+    Standardise,
     contrast,
     hard_negatives,
     match,
@@ -148,3 +149,24 @@ def test_matching_tells_pairs_from_hard_negatives() -> None:
     found = match(alone, Knows(), torch.tensor(7.0), torch.Generator().manual_seed(0))
     assert float(found["accuracy"]) == 0
     assert float(found["loss"]) == pytest.approx(50, rel=1e-6)
+
+
+def test_values_are_standardised_by_who_is_there_and_each_by_what_was_settled() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    values = 100 + 0.01 * torch.randn(8, 5, generator=drawn, dtype=torch.float64)
+    there = torch.tensor([True] * 6 + [False] * 2)
+    layer = Standardise(5).double()
+    found = layer(values, there)
+    assert torch.allclose(found[:6].mean(0), torch.zeros(5).double(), atol=1e-6)
+    assert torch.allclose(found[:6].std(0, correction=0), torch.ones(5).double(), atol=1e-6)
+    assert torch.allclose(layer(values), values)  # nothing has been settled
+    layer.settle(values[:6])
+    assert torch.allclose(layer(values[:1]), found[:1])
+    layer.settle(values[:1])  # of one there is no SD
+    assert torch.allclose(layer(values[:1]), found[:1])
+
+
+def test_what_is_the_same_for_everybody_becomes_0() -> None:
+    layer = Standardise(3).train()
+    same = torch.full((4, 3), 7.0)
+    assert not layer(same, torch.ones(4, dtype=torch.bool)).any()

@@ -14,7 +14,7 @@ from neuromamba.anat import run_anat
 from neuromamba.baseline_predictions import run_baselines
 from neuromamba.batches import Windows, list_runs, make_readers
 from neuromamba.bids import run_index
-from neuromamba.checkpoint import load_model_info
+from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Config
 from neuromamba.demo import write_demo
 from neuromamba.evaluate import run_evaluate
@@ -152,6 +152,14 @@ def test_pretraining_probing_and_tuning_predict_every_test_subject(made: Path) -
     info = load_model_info(layout.pretrain("m", 0))
     assert info["settings"]["regions"]["n_rois"] > 4
     assert {"inc", "mim", "inm", "top1_image"} < set(info["best"])
+    # It has settled: training subjects' projections have mean 0 and SD 1.
+    _, network, windows = open_all(made)
+    load_weights(network, layout.pretrain("m", 0))
+    train = [name for name in read_split(layout.split)["train"] if name != WITHOUT]
+    pairs = network.eval().image(windows.batch(windows.spaced(1, train))["anat"])
+    known = network.head.standardise[0]
+    assert torch.allclose(known.mean, pairs.mean(0), atol=1e-4)
+    assert torch.allclose(known.variance, pairs.var(0, correction=0), rtol=0.05)
     run_baselines(config, "demo", "sex")
     for model in ("m", "probe"):
         run_finetune(config, "demo", model, 0, "sex")

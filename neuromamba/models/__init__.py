@@ -24,8 +24,8 @@ and, if it likes,
 - ``embed_pairs(batch)``: normalised embeddings (samples, width) of each of the kinds of data that
   it brings together, and which of them there are (see `neuromamba.models.contrastive.Pairs`), and
   `similarity_scale`: what makes logits of their similarities;
-- ``prepare(batches)``: set what depends on data, by samples of the training part, before the first
-  step of a pretraining;
+- ``settle(batches)``: set what embeddings go by, from training samples as they are, after a
+  pretraining;
 - ``image_encoder``: the network that the file `image_weights` of its settings is for.
 """
 

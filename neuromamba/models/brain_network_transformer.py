@@ -167,8 +167,9 @@ class BrainNetworkTransformer(nn.Module):
         self.layers = nn.ModuleList(NodeLayer(n_rois, heads, hidden) for _ in range(depth))
         self.readout = OrthonormalReadout(clusters, n_rois, learn_centers)
         self.reduce = nn.Sequential(nn.Linear(n_rois, reduced), nn.LeakyReLU())
-        self.project = nn.Sequential(nn.Linear(clusters * reduced, width), nn.LeakyReLU())
-        self.last = nn.Linear(width, width)
+        self.project = nn.Sequential(
+            nn.Linear(clusters * reduced, width), nn.LeakyReLU(), nn.Linear(width, width)
+        )
 
     def forward(self, fc_BRR: Tensor, present_BR: Tensor) -> Tensor:
         """Embed connectivity matrices.
@@ -186,8 +187,7 @@ class BrainNetworkTransformer(nn.Module):
         Tensor
             (B, width), not normalised.
         """
-        read = self.reduce(self.read(fc_BRR, present_BR))
-        return self.last(self.project(read.flatten(1)))
+        return self.project(self.reduce(self.read(fc_BRR, present_BR)).flatten(1))
 
     def read(self, nodes_BRF: Tensor, present_BR: Tensor) -> Tensor:
         """What the readout makes of nodes (B, R, F): (B, K, F), whatever their order."""

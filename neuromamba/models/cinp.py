@@ -20,9 +20,10 @@ ours:
   2101.06983): chunks are encoded without a graph, the loss is of all embeddings, and each chunk is
   encoded again, with the same random numbers, when its embeddings' gradient is there. This is what
   checkpointing each chunk's encoding does.
-- Images of different people are nearly the same to a network that has not learnt, and it would take
-  hundreds of steps until its embeddings differ. `prepare` centres and scales both projections by
-  samples of the training part before the first step.
+- Images of different people are nearly the same to a network, and a contrast falls back on giving
+  everybody one embedding. Projections are therefore standardised over the people of the whole batch
+  before they are brought to length 1 (`contrastive.Standardise`), as SimCLR's are (Chen et al.
+  2020, arXiv 2002.05709); an embedding goes by the means over training subjects (`settle`).
 - Masks and changes of a sample are a function of the step and of its place in the whole batch.
 
 Dimensions in names: B samples, Z, Y, X voxels, R regions, C channels of the embeddings.
@@ -31,6 +32,8 @@ Dimensions in names: B samples, Z, Y, X voxels, R regions, C channels of the emb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -44,6 +47,7 @@ from neuromamba.models.contrastive import (
     LogitScale,
     Matcher,
     Pairs,
+    Standardise,
     at_least_float32,
     contrast,
     match,
@@ -74,6 +78,7 @@ class Supervision(nn.Module):
             s.learn_centers,
         )
         self.scale = LogitScale(s.temperature)
+        self.standardise = nn.ModuleList(Standardise(s.width) for _ in range(2))
         # A part of no weight is left out, because every parameter has to take part in the loss.
         self.matcher = Matcher(s.width) if s.inm else None
         self.decoder = ImageDecoder(channels) if s.mim else None
@@ -134,43 +139,30 @@ class Cinp(nn.Module):
         images = batch["anat"]
         if self.training:
             images = self._changed(images, _seeds(int(torch.randint(2**62, ())), 0, len(images)))
-        first = normalise(self.image(images))
+        first = self._known(0, self.image(images))
         if bool(batch["has_anat"].all()):
             return first
-        second = normalise(self._networks(batch))
+        second = self._known(1, self._networks(batch))
         return torch.where(batch["has_anat"][:, None], first, second)
 
     @torch.no_grad()
-    def prepare(self, batches: Iterable[Batch]) -> None:
-        """Centre and scale both projections, so that samples of the training part differ at once.
-
-        Each channel of the projections gets mean 0 and SD 1 over the samples, by a change of the
-        last layers' weights: before a first step, and never again.
-        """
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Set the means and SDs that embeddings go by, from samples as they are."""
         mode = self.training
         self.eval()
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         for batch in batches:
-            images, networks = self.image(batch["anat"]), self._networks(batch)
-            found[0].append(images[batch["has_anat"]])
-            found[1].append(networks[batch["has_fc"]])
+            found[0].append(self.image(batch["anat"])[batch["has_anat"]])
+            found[1].append(self._networks(batch)[batch["has_fc"]])
         self.train(mode)
-        for layer, parts in zip((self.image.project, self.head.network.last), found, strict=True):
-            rows = torch.cat(parts).double()
-            if len(rows) < 2:
-                continue
-            sd = rows.std(0, correction=0)
-            # What is the same for everybody stays as it is.
-            scale = torch.where(sd > 1e-6 * rows.abs().mean(0), 1 / sd, 1.0)
-            shift = layer.bias.double() - rows.mean(0)
-            layer.weight.mul_(scale[:, None])
-            layer.bias.copy_(shift * scale)
+        for one, parts in zip(self.head.standardise, found, strict=True):
+            cast(Standardise, one).settle(torch.cat(parts))
 
     @torch.no_grad()
     def embed_pairs(self, batch: Batch) -> Pairs:
         """Embeddings of images (first) and networks (second), one row a sample of the batch."""
-        first = normalise(self.image(batch["anat"]))
-        second = normalise(self._networks(batch))
+        first = self._known(0, self.image(batch["anat"]))
+        second = self._known(1, self._networks(batch))
         return Pairs(first, second, batch["has_anat"], batch["has_fc"], batch["person"])
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -194,7 +186,7 @@ class Cinp(nn.Module):
         seeds = _seeds(number, dist.get_rank() * size if together else 0, size)
         first, second, errors = self._encode_chunks(batch, seeds)
         own = Pairs(first, second, batch["has_anat"], batch["has_fc"], batch["person"])
-        pairs = own.of_all_processes() if together else own
+        pairs = self._standardised(own.of_all_processes() if together else own)
         scale = self.head.scale()
         inc = contrast(pairs, scale)
         scalars = {
@@ -216,8 +208,18 @@ class Cinp(nn.Module):
             total = total + s.inm * inm["loss"]
         return {"loss": total, **{name: value.detach() for name, value in scalars.items()}}
 
+    def _standardised(self, raw: Pairs) -> Pairs:
+        """Embeddings of what the projections have given for all samples."""
+        first = normalise(self.head.standardise[0](raw.first, raw.has_first))
+        second = normalise(self.head.standardise[1](raw.second, raw.has_second))
+        return replace(raw, first=first, second=second)
+
+    def _known(self, kind: int, projected: Tensor) -> Tensor:
+        """The embedding of each sample for itself, by what `settle` has found."""
+        return normalise(self.head.standardise[kind](projected))
+
     def _encode_chunks(self, batch: Batch, seeds: list[int]) -> Encoded:
-        """Embeddings (B, C) of images and networks, and each image's error (B,) of the masked."""
+        """Projections (B, C) of images and networks, and each image's error (B,) of the masked."""
         s, size = self.settings, len(seeds)
         chunk = s.chunk or size
         parts = []
@@ -242,8 +244,8 @@ class Cinp(nn.Module):
     def _encode(
         self, images: Tensor, there: Tensor, hidden: Tensor, fc: Tensor, present: Tensor
     ) -> Encoded:
-        first = normalise(self.image(images))
-        second = normalise(self.head.network(fc, present))
+        first = at_least_float32(self.image(images))
+        second = at_least_float32(self.head.network(fc, present))
         if self.head.decoder is None:
             return first, second, first.new_zeros(len(first))
         features = self.image.features(images.masked_fill(hidden, 0.0))

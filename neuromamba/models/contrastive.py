@@ -31,6 +31,8 @@ from torch.nn import functional
 
 LARGEST_SCALE = 100.0
 """Of the similarities (CLIP)."""
+SMALLEST = 1e-12
+"""Variance that is added, so that what is the same for everybody becomes 0."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,54 @@ def at_least_float32(values: Tensor) -> Tensor:
 def normalise(embeddings: Tensor) -> Tensor:
     """Embeddings (N, C) in float32, of length 1."""
     return functional.normalize(at_least_float32(embeddings), dim=-1)
+
+
+class Standardise(nn.Module):
+    """Each channel minus its mean over people, over its SD.
+
+    In a loss these are of all samples of the batch, of all processes and chunks, as in batch
+    normalisation. An embedding goes by those of `settle`, so that it does not depend on what is
+    embedded with it. Running means would not do: they lag behind an encoder that learns, and are of
+    samples that were changed at random.
+
+    Parameters
+    ----------
+    width : int
+        Channels, C.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+
+    def forward(self, values: Tensor, there: Tensor | None = None) -> Tensor:
+        """Values (N, C) in float32 at least; rows that are not `there` (N,) have no influence.
+
+        Without `there`, each row is taken for itself.
+        """
+        values = at_least_float32(values)
+        mean, variance = self.mean, self.variance
+        if there is not None and int(there.sum()) > 1:
+            mean, variance = moments(values[there])
+        return (values - mean) / (variance + SMALLEST).sqrt()
+
+    @torch.no_grad()
+    def settle(self, values: Tensor) -> None:
+        """Take the mean and variance of (N, C), for embeddings; of fewer than two, nothing."""
+        if len(values) > 1:
+            mean, variance = moments(values.double())
+            self.mean.copy_(mean)
+            self.variance.copy_(variance)
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over (N, C), each (C,)."""
+    mean = rows.mean(0)
+    return mean, (rows - mean).square().mean(0)
 
 
 class LogitScale(nn.Module):
