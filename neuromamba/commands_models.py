@@ -19,6 +19,7 @@ from neuromamba.command_options import (
     choose_training,
     read_config,
 )
+from neuromamba.config import Config
 from neuromamba.files import InputError
 from neuromamba.launch import start_processes
 from neuromamba.layout import Layout
@@ -132,31 +133,30 @@ def _scores(options: argparse.Namespace) -> None:
 def _forecast(options: argparse.Namespace) -> None:
     from neuromamba.forecast import run_forecast
 
-    config = read_config(options)
-    dataset, model, seed = choose_training(options, config)
-    for fold in choose_folds(options, config):
-        with recorded(fold, Job("forecast", dataset, model=model, seed=seed, fold=fold.fold)):
-            run_forecast(fold, dataset, model, seed)
+    _study(options, "forecast", run_forecast)
 
 
 def _identify(options: argparse.Namespace) -> None:
     from neuromamba.identify import run_identify
 
-    config = read_config(options)
-    dataset, model, seed = choose_training(options, config)
-    for fold in choose_folds(options, config):
-        with recorded(fold, Job("identify", dataset, model=model, seed=seed, fold=fold.fold)):
-            run_identify(fold, dataset, model, seed)
+    _study(options, "identify", run_identify)
 
 
 def _retrieve(options: argparse.Namespace) -> None:
     from neuromamba.retrieve import run_retrieve
 
+    _study(options, "retrieve", run_retrieve)
+
+
+def _study(
+    options: argparse.Namespace, stage: str, run: Callable[[Config, str, str, int], None]
+) -> None:
+    """Ask something of a pretrained model as it is, in the folds that are wanted."""
     config = read_config(options)
     dataset, model, seed = choose_training(options, config)
     for fold in choose_folds(options, config):
-        with recorded(fold, Job("retrieve", dataset, model=model, seed=seed, fold=fold.fold)):
-            run_retrieve(fold, dataset, model, seed)
+        with recorded(fold, Job(stage, dataset, model=model, seed=seed, fold=fold.fold)):
+            run(fold, dataset, model, seed)
 
 
 def _embed(options: argparse.Namespace) -> None:

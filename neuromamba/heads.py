@@ -28,7 +28,8 @@ HEAD_WIDTH = 128
 
 A step of Adam moves every weight alike, so that what it does to the output grows with the features
 (arXiv 2203.03466, section 4, of layers that sum over the width). At one rate for all, a head on
-65,000 features had learnt its training subjects by heart within a dozen steps.
+65,000 features was worse than chance on validation subjects after 15 steps (loss 0.76), and in the
+end had learnt its training subjects by heart (0.09).
 """
 
 

@@ -17,7 +17,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +25,7 @@ import xarray
 
 from neuromamba.connectivity import read_z
 from neuromamba.files import InputError
-
-Sample = dict[str, npt.NDArray[Any]]
+from neuromamba.roi_windows import Sample, stack_samples
 
 DARKEST, BRIGHTEST = "0.5", "99.5"
 """Percentiles of a brain that become 0 and 1 (our choice, after Swin UNETR's clipped ranges)."""
@@ -64,7 +62,7 @@ class NetworkWindows:
         return {"fc": fc, "present": present, "has_fc": np.array(present.any())}
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        return _stacked(samples)
+        return stack_samples(samples)
 
     def _read(self, run: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         path = self._path_of(run)
@@ -114,7 +112,7 @@ class ImageWindows:
             )
         nothing = np.zeros(next(iter(shapes), NO_IMAGE), np.float32)
         filled = [one if one["has_anat"] else {**one, "anat": nothing} for one in samples]
-        return _stacked(filled)
+        return stack_samples(filled)
 
     def _read(self, subject: str) -> npt.NDArray[np.float16]:
         path = self._path_of(subject)
@@ -137,10 +135,3 @@ def subject_of_run(run: str) -> str:
 def number_of(subject: str) -> int:
     """A number of 63 bits that tells subjects apart, always the same."""
     return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:8], "big") >> 1
-
-
-def _stacked(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-        for name in samples[0]
-    }

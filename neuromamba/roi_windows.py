@@ -80,10 +80,7 @@ class RoiWindows:
         }
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-            for name in samples[0]
-        }
+        return stack_samples(samples)
 
     def _prepare(self, run: str) -> tuple[npt.NDArray[np.float32], float]:
         """The z series (time, roi) of a run, NaN where a ROI is missing, and its TR in s."""
@@ -107,6 +104,14 @@ class RoiWindows:
             resampled[:, known] = resample_time(series[:, known], seconds, wanted, times)
             series, seconds = resampled, wanted
         return standardise(series).astype(np.float32), seconds
+
+
+def stack_samples(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """The arrays of several samples, one row each: they have the same shapes."""
+    return {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
+        for name in samples[0]
+    }
 
 
 def read_regions(store: Path) -> dict[str, Any]:
