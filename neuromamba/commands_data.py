@@ -84,7 +84,8 @@ def _refuse_without_images(config: Config, dataset: str, stage: str) -> None:
     if stage != "rois" and config.datasets[dataset].series is not None:
         raise InputError(
             f"--dataset: {dataset} has ROI series (`series` in its YAML file) and no images, so "
-            f"there is nothing to do for {stage}; its stages are index, rois, excluded and splits"
+            f"there is nothing to do for {stage}; its stages are index, rois, excluded, overview, "
+            "splits and baselines"
         )
 
 
@@ -127,7 +128,6 @@ def _overview(options: argparse.Namespace) -> None:
 
     config = read_config(options)
     dataset = choose_dataset(options, config)
-    _refuse_without_images(config, dataset, options.stage)
     with recorded(config, Job("overview", dataset)):
         run_overview(config, dataset)
 

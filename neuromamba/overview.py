@@ -3,6 +3,8 @@
 `overview.tsv` has a row for every run that was found, used or not. The page shows the same: it can
 be sorted and searched without a server, and shows some hundred rows at a time, so that ten thousand
 runs are no burden. That a run is flagged as unlike the others decides nothing; rules do.
+
+Datasets of ROI series have the same two files, of what can be measured of series.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from neuromamba.layout import Layout
 from neuromamba.qc_page import environment
 from neuromamba.qc_plots import strip_picture
 from neuromamba.qc_rules import broken_rules, read_quality, rules_of
-from neuromamba.qc_table import METRICS, deviations, find_outliers
+from neuromamba.qc_table import COUNTS, METRICS, SERIES_METRICS, Metric, deviations, find_outliers
 from neuromamba.qc_template import template_on
+from neuromamba.series_quality import measure_series
 from neuromamba.tables import read_table, write_table
 
 LARGEST_GROUP = 200
@@ -46,16 +49,19 @@ class Quality:
     ----------
     table
         A row for each run, 0, 1, ...: `run`, `subject`, `stage` and `reason` where it is left out
-        (else missing), the columns of `METRICS` (NaN where unknown), `motion_note`.
+        (else missing), the columns of `metrics` (NaN where unknown), `motion_note`.
     z
         Deviations from the other runs, a column for each metric, in robust SDs.
     outliers
         Row -> metric -> `high` or `low`.
+    metrics
+        What was measured, by column.
     """
 
     table: pd.DataFrame
     z: pd.DataFrame
     outliers: dict[int, dict[str, str]]
+    metrics: dict[str, Metric]
 
 
 def run_overview(config: Config, dataset: str) -> None:
@@ -79,19 +85,21 @@ def collect_quality(config: Config, dataset: str) -> Quality:
     text = {"run": str, "subject": str, "stage": str, "reason": str}
     runs = read_table(layout.index, dtype=text)[["run", "subject"]]
     excluded = read_table(layout.excluded, dtype=text)
-    measured = read_quality(config, dataset)
+    has_images = config.datasets[dataset].series is None
+    metrics = METRICS if has_images else SERIES_METRICS
+    measured = (read_quality if has_images else measure_series)(config, dataset)
     # A run that could not be measured is used all the same, as long as there is no rule.
     unmeasured = "its quality could not be measured: " + measured["reason"]
     measured["motion_note"] = measured["motion_note"].where(measured["reason"].isna(), unmeasured)
     first = excluded.drop_duplicates("run")[["run", "stage", "reason"]]
-    columns = ["run", *METRICS, "motion_note"]
+    columns = ["run", *metrics, "motion_note"]
     table = runs.merge(first, on="run", how="outer")
     table = table.merge(measured.reindex(columns=columns), on="run", how="left")
     table["subject"] = table["subject"].fillna(table["run"].str.split("_").str[0])
     table = table.sort_values("run", kind="stable", ignore_index=True)
-    table[list(METRICS)] = table[list(METRICS)].astype(float)
+    table[list(metrics)] = table[list(metrics)].astype(float)
     z = deviations(table)
-    return Quality(table, z, find_outliers(z, config.qc.outlier))
+    return Quality(table, z, find_outliers(z, config.qc.outlier), metrics)
 
 
 def as_table(quality: Quality) -> pd.DataFrame:
@@ -105,8 +113,8 @@ def as_table(quality: Quality) -> pd.DataFrame:
     head = table[["run", "subject"]].assign(
         excluded=table["reason"], stage=table["stage"], outlier=table.index.map(flags)
     )
-    metrics = table[list(METRICS)].astype({"n_volumes": "Int64", "n_spikes": "Int64"})
-    metrics = metrics.astype({"n_tokens": "Int64"})
+    whole = {name: "Int64" for name in COUNTS if name in quality.metrics}
+    metrics = table[list(quality.metrics)].astype(whole)
     z = quality.z.round(3).add_suffix("_z")
     return pd.concat([head, metrics, z, table[["motion_note"]]], axis=1)
 
@@ -117,22 +125,25 @@ def as_table(quality: Quality) -> pd.DataFrame:
 def _describe(config: Config, dataset: str, quality: Quality) -> dict[str, Any]:
     layout, table = Layout.of(config, dataset), quality.table
     used = table["reason"].isna()
-    data = _rows(layout, quality, links=config.qc.pages)
+    has_images = config.datasets[dataset].series is None
+    data = _rows(layout, quality, links=has_images and config.qc.pages)
     return {
         "dataset": dataset,
-        "space": config.datasets[dataset].space,
+        "space": config.datasets[dataset].space if has_images else None,
         "sentences": _summarise(config, quality),
-        "metrics": METRICS,
+        "metrics": quality.metrics,
         "rules": rules_of(config.qc),
         "settings": config.qc,
         "data": data,
-        "first": [[*row, _flags_in_words(row[3])] for row in data["rows"][:ROWS_SHOWN]],
+        "first": [
+            [*row, _flags_in_words(quality.metrics, row[3])] for row in data["rows"][:ROWS_SHOWN]
+        ],
         "step": ROWS_SHOWN,
         "arrows": ARROWS,
         "n_runs": len(table),
         "n_used": int(used.sum()),
         "strips": _strips(config, quality),
-        "group": _group(layout, [str(run) for run in table.loc[used, "run"]]),
+        "group": has_images and _group(layout, [str(run) for run in table.loc[used, "run"]]),
         "version": neuromamba.__version__,
     }
 
@@ -140,12 +151,13 @@ def _describe(config: Config, dataset: str, quality: Quality) -> dict[str, Any]:
 def _rows(layout: Layout, quality: Quality, links: bool) -> dict[str, Any]:
     """The page's rows, compact, because there may be thousands.
 
-    A row is [run, has a page, reason or "", {column: "high" or "low"}, numbers of `METRICS`].
+    A row is [run, has a page, reason or "", {column: "high" or "low"}, numbers of `metrics`].
     """
     pages = {path.stem for path in layout.qc("run").parent.glob("*.html")} if links else set()
-    order = {name: k for k, name in enumerate(METRICS)}
-    numbers = quality.table[list(METRICS)].to_numpy(float)
-    digits = [metric.digits for metric in METRICS.values()]
+    metrics = quality.metrics
+    order = {name: k for k, name in enumerate(metrics)}
+    numbers = quality.table[list(metrics)].to_numpy(float)
+    digits = [metric.digits for metric in metrics.values()]
     rows = []
     for k, (run, stage, reason) in enumerate(
         quality.table[["run", "stage", "reason"]].itertuples(index=False)
@@ -154,12 +166,12 @@ def _rows(layout: Layout, quality: Quality, links: bool) -> dict[str, Any]:
         flags = {order[name]: side for name, side in quality.outliers.get(k, {}).items()}
         values = [_compact(float(v), d) for v, d in zip(numbers[k], digits, strict=True)]
         rows.append([run, int(run in pages), why, flags, values])
-    columns = [[metric.title, metric.digits] for metric in METRICS.values()]
-    return {"columns": columns, "names": list(METRICS), "rows": rows}
+    columns = [[metric.title, metric.digits] for metric in metrics.values()]
+    return {"columns": columns, "names": list(metrics), "rows": rows}
 
 
-def _flags_in_words(flags: dict[int, str]) -> str:
-    labels = [metric.label for metric in METRICS.values()]
+def _flags_in_words(metrics: dict[str, Metric], flags: dict[int, str]) -> str:
+    labels = [metric.label for metric in metrics.values()]
     return "; ".join(f"{labels[k]} {side}" for k, side in flags.items())
 
 
@@ -217,7 +229,7 @@ def _stage_in_words(stage: str) -> str:
 def _strips(config: Config, quality: Quality) -> list[dict[str, Any]]:
     """A picture for each metric that differs between runs, with the names of the flagged ones."""
     strips = []
-    for name, metric in METRICS.items():
+    for name, metric in quality.metrics.items():
         values = quality.table[name]
         if values.nunique() < 2:
             continue

@@ -118,6 +118,23 @@ METRICS = {
     "n_tokens": Metric("tokens", "", "both", 0, "patches that hold brain"),
 }
 """Column -> what it is, in the order in which the pages show them."""
+SERIES_METRICS = {
+    **{name: METRICS[name] for name in ("n_volumes", "minutes", "repetition_time", "mean_fd")},
+    "n_missing": Metric(
+        "missing regions", "", "high", 0, "regions that are constant or lack a value in the run"
+    ),
+    "mean_correlation": Metric(
+        "mean correlation",
+        "",
+        "both",
+        3,
+        "correlation of two regions, mean over all pairs; what moves or changes the whole image "
+        "raises it, regression of the global signal brings it to about 0",
+    ),
+}
+"""The same, of datasets of ROI series, which have no images to measure."""
+COUNTS = ("n_volumes", "n_spikes", "n_tokens", "n_missing")
+"""Those that are whole numbers."""
 
 
 def robust_z(values: pd.Series) -> pd.Series:
@@ -138,7 +155,7 @@ def robust_z(values: pd.Series) -> pd.Series:
 
 def deviations(table: pd.DataFrame) -> pd.DataFrame:
     """`robust_z` of each metric that the table has: the same rows, a column for each metric."""
-    known = [name for name in METRICS if name in table]
+    known = [name for name in METRICS | SERIES_METRICS if name in table]
     columns = {name: robust_z(table[name].astype(float)) for name in known}
     return pd.DataFrame(columns, index=table.index)
 
@@ -159,8 +176,9 @@ def find_outliers(z: pd.DataFrame, limit: float) -> dict[int, dict[str, str]]:
         Row -> metric -> `high` or `low`; only rows and metrics that differ.
     """
     found: dict[int, dict[str, str]] = {}
+    metrics = METRICS | SERIES_METRICS
     for name in z:
-        bad = METRICS[str(name)].bad
+        bad = metrics[str(name)].bad
         for side, beyond in (("high", z[name] > limit), ("low", z[name] < -limit)):
             if bad in (side, "both"):
                 for row in np.flatnonzero(beyond):

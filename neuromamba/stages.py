@@ -93,7 +93,7 @@ def all_jobs(config: Config) -> list[Job]:
             found[job] = None
 
     for name in config.datasets:
-        visit(_overview(config, name))
+        visit(Job("overview", name))
     visit(Job("report"))
     return list(found)
 
@@ -120,7 +120,9 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
         case "excluded":
             return _arrays(config, members, BATCHED) + _checked(config, members)
         case "overview":
-            return [Job("excluded", job.dataset), *_batches(config, members, "qc")]
+            has_images = config.datasets[job.dataset].series is None
+            qc = _batches(config, members, "qc") if has_images else []
+            return [Job("excluded", job.dataset), *qc]
         case "pretrain" | "cell":
             splits = [Job("splits", name) for name in members]
             made = _arrays(config, members, model_of(config, job).arrays)
@@ -163,7 +165,7 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
         case "ablations":
             return [Job("scores", job.dataset, model=m, seed=s) for m, s in compared_by(config)]
         case "report":
-            return [*_scored(config), *(_overview(config, name) for name in config.datasets)]
+            return [*_scored(config), *(Job("overview", name) for name in config.datasets)]
     raise ValueError(f"{job.stage!r} is no stage")
 
 
@@ -209,12 +211,6 @@ def _arrays(config: Config, datasets: list[str], stages: Iterable[str]) -> list[
         if stage in config.datasets[name].readable
         for job in _batches(config, [name], stage)
     ]
-
-
-def _overview(config: Config, dataset: str) -> Job:
-    """What tells of all runs of a dataset; quality is that of images."""
-    has_images = config.datasets[dataset].series is None
-    return Job("overview" if has_images else "excluded", dataset)
 
 
 def _checked(config: Config, datasets: list[str]) -> list[Job]:

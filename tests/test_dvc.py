@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from fake_series import DATASET, write_dataset
 from repository import Repository, make_repository
 
-from neuromamba.config import Splits, load_config
+from neuromamba.config import Series, Splits, load_config
 from neuromamba.source_code import code_of
 from neuromamba.stages import STAGES, Job, modules_of
 
@@ -143,11 +145,31 @@ def test_dvc_compares_metrics_and_curves_and_runs_experiments(lab: Repository):
     assert lab.planned() == {}
 
 
+def test_a_dataset_of_series_has_empty_folders_where_others_have_images(root: Path, tmp_path: Path):
+    """DVC has no conditions, so its stages of images are there for every dataset."""
+    lab = make_repository(root, tmp_path / "lab")
+    write_dataset(lab.folder / "data" / "toy")
+    (lab.folder / "config" / "datasets" / "toy.yaml").write_text(yaml.safe_dump(DATASET))
+    for key, new in (("datasets", "toy"), ("models", "lmae")):
+        lab.edit("config/config.yaml", f"{key}:\n- tiny\n", f"{key}:\n- {new}\n")
+    lab.run("dvc", "add", "--quiet", "data/toy")
+    assert lab.reproduce("volumes@toy") == ["index@toy", "volumes@toy"]
+    volumes = lab.folder / "results" / "toy" / "volumes"
+    assert not list(volumes.iterdir())
+    lab.commit("A")
+    volumes.rmdir()
+    lab.run("dvc", "checkout", "volumes@toy")
+    assert volumes.is_dir()
+    assert lab.reproduce("volumes@toy") == []
+
+
 def test_dvc_watches_the_code_and_nothing_else_of_each_stage(root: Path):
     """`dvc.yaml` lists the modules that `source_code` finds, but for those of earlier stages."""
     text = (root / "dvc.yaml").read_text()
     config = load_config([root / "config" / "config.yaml", root / "config" / "demo.yaml"])
     folds = config.model_copy(update={"splits": Splits(protocol="k-fold")})
+    demo = config.datasets["demo"].model_copy(update={"series": Series()})
+    series = config.model_copy(update={"datasets": {"demo": demo}})
     (name,) = config.models
     listed = {
         name: set(re.findall(r"^ +- (neuromamba\S+)$", part, re.MULTILINE))
@@ -166,8 +188,9 @@ def test_dvc_watches_the_code_and_nothing_else_of_each_stage(root: Path):
             code = {
                 re.sub(r"/models/\w+\.py", "/models", file)
                 for job in jobs
-                for one in (config, folds)  # where the folds' predictions are pooled
+                for one in (config, folds, series)  # folds are pooled, series have stages of theirs
                 for file in code_of(*modules_of(one, job))
             }
             assert listed[stage] == code - earlier, stage
-            earlier |= code
+            if stage != "overview":  # nothing else is made from it
+                earlier |= code

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xarray
 from fake_series import DATASET, add_series, make_series, write_dataset
@@ -25,7 +26,7 @@ from neuromamba.states import good_runs
 from neuromamba.tables import read_table
 from neuromamba.verify import run_verify
 
-STAGES = ("index", "rois", "excluded", "splits", "baselines")
+STAGES = ("index", "rois", "excluded", "overview", "splits", "baselines")
 pytestmark = pytest.mark.filterwarnings("ignore:data/toy/participants.tsv has no row")
 
 
@@ -102,6 +103,32 @@ def test_the_stages_that_need_no_images_make_all_that_baselines_need(made: Layou
     assert stale() == []
 
 
+def test_the_overview_tells_what_can_be_measured_of_series(made: Layout):
+    table = read_table(made.overview.with_suffix(".tsv")).set_index("run")
+    assert len(table) == 14
+    assert list(table.index[table["excluded"].notna()]) == ["sub-20_task-rest", "sub-21_task-rest"]
+    series = make_series(3)
+    add_series(Path("data/toy"), "sub-03_task-rest_seg-Toy_stat-mean", series)
+    correlation = np.corrcoef(series.T)[np.triu_indices(6, k=1)].mean()
+    series[:, 2] = 5.0
+    add_series(Path("data/toy"), "sub-04_task-rest_seg-Toy_stat-mean", series)
+    motion = Path("data/toy/sub-05/func/sub-05_task-rest_motion.tsv")
+    motion.write_text("framewise_displacement\nn/a\n" + "0.5\n" * 29)
+    for stage in ("index", "rois", "excluded", "overview"):
+        assert command(stage, make_config()) == 0, stage
+    table = read_table(made.overview.with_suffix(".tsv")).set_index("run")
+    row = table.loc["sub-03_task-rest"]
+    assert (row["n_volumes"], row["minutes"], row["n_missing"]) == (30, 1.0, 0)
+    assert row["mean_correlation"] == pytest.approx(correlation, abs=1e-6)
+    assert row["mean_fd"] == pytest.approx(0.155)
+    assert table.loc["sub-04_task-rest", "n_missing"] == 1
+    assert table.loc["sub-04_task-rest", "outlier"] == "n_missing"
+    assert table.loc["sub-05_task-rest", "mean_fd"] == 0.5
+    page = made.overview.read_text()
+    assert "12 of 14 runs are used" in page
+    assert "tSNR" not in page
+
+
 def test_models_of_series_train_on_the_series_of_datasets_with_images_too():
     models = {"m": {"family": "roi_transformer"}, "t": {"family": "neuromamba"}}
     config = make_config(datasets={"toy": {"derivatives": "scans"}}).model_dump(mode="json")
@@ -127,11 +154,11 @@ def test_confounds_come_from_the_table_where_no_run_tells_its_motion(made: Layou
         ({"volumes": {"voxel_size": 3.0}}, []),
         ({"rois": {"cube": 12.0}}, []),
         ({"datasets": {"toy": {**DATASET, "atlas": "packaged:100"}}}, []),
-        ({"volumes": {"min_volumes": 10}}, ["rois", "excluded", "baselines"]),
-        ({"rois": {"fisher_z": True}}, ["rois", "excluded", "baselines"]),
+        ({"volumes": {"min_volumes": 10}}, ["rois", "excluded", "overview", "baselines"]),
+        ({"rois": {"fisher_z": True}}, ["rois", "excluded", "overview", "baselines"]),
         (
             {"datasets": {"toy": {**DATASET, "series": {}}}},
-            ["index", "rois", "excluded", "baselines"],
+            ["index", "rois", "excluded", "overview", "baselines"],
         ),
     ],
 )
@@ -148,7 +175,7 @@ def test_a_changed_table_or_sidecar_makes_its_runs_stale_and_others_stay(made: L
     for path, old, new in ((table, "region-0", "region-A"), (sidecar, "2.0", "2.5")):
         text = path.read_text()
         path.write_text(text.replace(old, new))
-        assert stale() == ["index", "rois", "excluded", "baselines"]
+        assert stale() == ["index", "rois", "excluded", "overview", "baselines"]
         path.write_text(text)
         assert stale() == []
     changed = made.array("rois", f"{used}_task-rest")
@@ -165,7 +192,7 @@ def test_a_changed_table_or_sidecar_makes_its_runs_stale_and_others_stay(made: L
 
 def test_a_subject_that_is_added_trains_nothing(made: Layout):
     add_series(Path("data/toy"), "sub-30_task-rest_seg-Toy", make_series(30))
-    assert stale() == ["index", "rois", "excluded"]
+    assert stale() == ["index", "rois", "excluded", "overview"]
 
 
 def test_tables_that_are_elsewhere_make_nothing_stale(made: Layout):
@@ -178,7 +205,7 @@ def test_too_many_unusable_runs_stop_the_stage(made: Layout, capsys: pytest.Capt
     assert "more than compute.max_excluded = 0.2 allows" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["volumes", "tokens", "qc", "anat", "overview"])
+@pytest.mark.parametrize("stage", ["volumes", "tokens", "qc", "anat"])
 def test_stages_of_images_say_that_there_are_none(
     tmp_path: Path,
     stage: str,

@@ -64,10 +64,11 @@ def test_the_baselines_are_made_without_any_stage_of_images(folder: Path, root: 
     assert len(read_table(results / "excluded.tsv")) == 0
     made = {path.name for path in results.iterdir() if path.is_dir()}
     assert made == {"index", "preprocess", "rois", "splits", "baselines"}
-    of_images = ("volumes", "tokens", "qc", "overview", "anat")
+    of_images = ("volumes", "tokens", "qc", "anat")
     assert planned_jobs(folder, root, "baselines", *of_images) == {}
     assert set(planned_jobs(folder, root, "all")) == {
-        "pretrain_model", "finetune_model", "evaluate_model", "score_model", "report"
+        "overview_dataset", "pretrain_model", "finetune_model", "evaluate_model", "score_model",
+        "report",
     }  # fmt: skip
 
 
