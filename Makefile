@@ -9,7 +9,7 @@ BRAINMARKS := .venv-brainmarks
 # Extras of pyproject.toml, in brackets, that `make install` adds to the package.
 EXTRAS = [ants]
 
-.PHONY: help demo test test-fast test-kernels test-brainmarks gpu lint format clean install kernels
+.PHONY: help demo demo-all test test-fast test-kernels test-brainmarks gpu lint format clean install kernels
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -18,6 +18,10 @@ help: ## list the commands
 demo: data/demo/participants.tsv ## synthetic subjects through the whole workflow, to a report
 	$(BIN)/snakemake --cores $(CORES) all --configfile config/demo.yaml --set-threads finetune_model=1
 	@$(BIN)/neuromamba summary --config config/config.yaml config/demo.yaml
+
+demo-all: data/demo/participants.tsv ## the same with all four model families in one report
+	$(BIN)/snakemake --cores $(CORES) all --configfile config/demo.yaml config/demo-all.yaml --set-threads pretrain_model=1 finetune_model=1
+	@$(BIN)/neuromamba summary --config config/config.yaml config/demo.yaml config/demo-all.yaml
 
 # The folder is renamed into place whole, so one file tells that all of it is there.
 data/demo/participants.tsv: | $(INSTALLED)
