@@ -122,6 +122,12 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
             "are given as BOLD runs; add the subjects to a dataset, and see the predictions of "
             "its test subjects in evaluate/"
         )
+    if "codes" in model.arrays:
+        raise InputError(
+            f"{folder} is of family {model.family}, which reads codes of volumes, and the "
+            "tokenizer that makes them is no part of the folder; add the subjects to a dataset of "
+            "the run that it was trained in, and see what it predicts of test subjects in evaluate/"
+        )
     classes = [name for name, _ in settings["target"].get("classes", [])]
     found = load_calibration(folder, info)
     calibration, arrays = (None, {}) if found is None else found
@@ -205,7 +211,8 @@ def _load(
     # The weights drawn here are replaced: nobody else's random numbers are to change for them.
     with torch.random.fork_rng(devices=[]):
         values = tokens.patch**3 * tokens.time_patch
-        backbone = build_model(model, values, compute, n_rois_of(settings))
+        n_rois, codes = n_rois_of(settings), settings.get("codes")
+        backbone = build_model(model, values, compute, n_rois, codes)
         network = make_unscaled(backbone, classes, settings["finetune"]["mode"] == "probe")
     load_weights(network, folder)
     return network.to(choose_device(device)).eval()

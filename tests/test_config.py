@@ -16,6 +16,7 @@ from neuromamba.config import (
     Lmae,
     NeuroMamba,
     RoiTransformer,
+    Tablet,
     build_config,
     load_config,
     save_config,
@@ -200,6 +201,15 @@ def test_the_small_model_names_every_key(root: Path):
 def test_the_models_of_series_name_every_key(root: Path, name: str, family: type[Lmae]):
     written = yaml.safe_load((root / f"config/models/{name}.yaml").read_text())
     assert set(written) == set(family.model_fields)
+
+
+def test_the_published_model_of_codes_names_every_key(root: Path):
+    written = yaml.safe_load((root / "config/models/tablet.yaml").read_text())
+    assert set(written) == set(Tablet.model_fields)
+    trainings = {"pretrain", "finetune"}
+    assert Tablet(**written).model_dump(exclude=trainings) == Tablet(family="tablet").model_dump(
+        exclude=trainings
+    )
 
 
 def test_every_shipped_model_is_valid(root: Path, base: Path):

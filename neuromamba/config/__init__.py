@@ -32,6 +32,7 @@ from neuromamba.config.models import (
     NeuroMamba,
     RoiModel,
     RoiTransformer,
+    Tablet,
 )
 from neuromamba.config.schema import Compute, Config, Evaluate, Explain, Scaling
 from neuromamba.config.training import Adapters, Finetune, Forecast, Optimiser, Pretrain
@@ -69,6 +70,7 @@ __all__ = [
     "Series",
     "Splits",
     "State",
+    "Tablet",
     "Target",
     "Template",
     "Tokens",

@@ -38,6 +38,7 @@ from neuromamba.config.models import Lmae as Lmae
 from neuromamba.config.models import Model as Model
 from neuromamba.config.models import NeuroMamba as NeuroMamba
 from neuromamba.config.models import RoiTransformer as RoiTransformer
+from neuromamba.config.models import Tablet as Tablet
 from neuromamba.config.training import Forecast as Forecast
 from neuromamba.config.training import Pretrain as Pretrain
 from neuromamba.files import InputError
