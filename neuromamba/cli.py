@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     _add(stages, "overview", "compare the quality of all runs on one page", ["dataset"])
     _add(stages, "excluded", "list the runs that were left out, and why", ["dataset"])
     _add(stages, "splits", "assign subjects to training, validation, test", ["dataset"])
+    options = ["dataset", "fold", "on-change"]
+    _add(stages, "tokenizer", "train an autoencoder of slices, for `codes`", options)
+    text = "encode the slices of runs' volumes, as 27 tokens a volume"
+    _add(stages, "codes", text, [*batched, "fold"])
     trained = ["dataset", "model", "seed"]
     options = [*trained, "fold", "on-change", "fraction"]
     _add(stages, "pretrain", "train a model without labels", options)

@@ -97,6 +97,8 @@ def make_config(folder: Path, **model: object) -> Config:
                     **model,
                 }
             },
+            "codes": {"tokenizer": "slices"},
+            "volumes": {"shape": [48, 48, 48], "voxel_size": 4.0},
             "compute": {"device": "cpu"},
         }
     )
