@@ -237,6 +237,8 @@ def _add_predict(stages: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stage.add_argument("--explain", type=Path, metavar="FOLDER", help=text)
     text = "of a model that reads regions, the atlas that it was trained with: a file or a name"
     stage.add_argument("--atlas", metavar="ATLAS", help=text)
+    text = "of a model that reads codes, the folder of the tokenizer that it was trained with"
+    stage.add_argument("--tokenizer", type=Path, metavar="FOLDER", help=text)
 
 
 def _add_compare(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -96,11 +96,21 @@ def open_encoder(config: Config, dataset: str) -> SliceEncoder:
         When its weights are absent, damaged, or not of such a model; when it does not make 3 x 3
         places of a slice; or for a GPU that is not there.
     """
-    codes, edge = config.codes, config.volumes.shape[0]
-    device = choose_device(config.compute.device)
+    folder = Layout.of(config, dataset).tokenizer if config.codes.trained else None
+    return load_encoder(config.codes, config.volumes.shape[0], config.compute.device, folder)
+
+
+def load_encoder(
+    codes: Codes, edge: int, device_name: str, own: Path | None = None
+) -> SliceEncoder:
+    """The encoder that `codes` name, for slices of `edge` voxels; errors as of `open_encoder`.
+
+    `own` is the folder of a tokenizer that was trained here, where they name such a one.
+    """
+    device = choose_device(device_name)
     dtype = getattr(torch, precision_of(codes, device))
-    load = _load_own if codes.trained else _load_dcae
-    network, channels, digest, facts = load(config, dataset)
+    loaded = _load_dcae(codes, edge) if own is None else _load_own(own, edge)
+    network, channels, digest, facts = loaded
     network = network.to(device, dtype).eval().requires_grad_(False)
     encode = cast(Callable[[Tensor], Any], network.encode)
     function = encode if codes.trained else _of_three_channels(encode)
@@ -116,8 +126,7 @@ def precision_of(codes: Codes, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _load_own(config: Config, dataset: str) -> tuple[nn.Module, int, str, dict[str, Any]]:
-    folder, edge = Layout.of(config, dataset).tokenizer, config.volumes.shape[0]
+def _load_own(folder: Path, edge: int) -> tuple[nn.Module, int, str, dict[str, Any]]:
     info = load_model_info(folder)
     settings = Slices.model_validate(info[_SETTINGS]["slices"])
     if info[_SETTINGS]["edge"] != edge:
@@ -131,12 +140,11 @@ def _load_own(config: Config, dataset: str) -> tuple[nn.Module, int, str, dict[s
     return network, settings.channels, digest, {"sha256": digest, "revision": None}
 
 
-def _load_dcae(config: Config, dataset: str) -> tuple[nn.Module, int, str, dict[str, Any]]:
-    codes = config.codes
+def _load_dcae(codes: Codes, edge: int) -> tuple[nn.Module, int, str, dict[str, Any]]:
     folder = _fetch(codes) if codes.on_hub else _folder(codes)
     files = _weight_files(folder)
     network, factor = _build(folder, files)
-    edge, channels = config.volumes.shape[0], int(network.config["latent_channels"])
+    channels = int(network.config["latent_channels"])
     if edge != GRID * factor:
         raise InputError(
             f"{folder}: this autoencoder makes one place of {factor} x {factor} voxels, and 3 x 3 "

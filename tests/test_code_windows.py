@@ -25,12 +25,13 @@ from neuromamba.batches import Window, Windows, make_readers
 from neuromamba.code_windows import CodeStore, CodeWindows
 from neuromamba.config import Config
 from neuromamba.embed import open_embedder, open_shared, run_embed
+from neuromamba.explain import run_explain
 from neuromamba.export import run_export
 from neuromamba.files import InputError, read_json
 from neuromamba.finetune import predict_subjects, run_finetune
+from neuromamba.forecast import run_forecast
 from neuromamba.identify import still
 from neuromamba.layout import Layout
-from neuromamba.predictor import open_predictor
 from neuromamba.pretrain import codes_of, make_network, run_pretrain
 from neuromamba.tables import read_table
 
@@ -210,12 +211,13 @@ def test_it_is_shared_with_what_tells_its_tokenizer(
         run_embed(config, "fake", embedder, "token", tmp_path / "tokens")
 
 
-def test_new_scans_and_maps_are_refused_with_the_reason(trained: tuple[Path, Config]) -> None:
+def test_maps_and_forecasts_are_refused_with_the_reason(trained: tuple[Path, Config]) -> None:
     _, config = trained
-    with pytest.raises(InputError, match="reads codes of volumes"):
-        open_predictor(Layout.of(config, "fake").finetune("codes", 0, "sex"))
+    with pytest.raises(InputError, match="reads codes: a map in space takes a model that reads"):
+        run_explain(config, "fake", "codes", 0, "sex")
+    with pytest.raises(InputError, match="makes no forecasts"):
+        run_forecast(config, "fake", "codes", 0)
     assert not config.models["codes"].explains
-    assert not config.models["codes"].forecasts
 
 
 def test_a_still_window_has_its_mean_codes_at_all_times() -> None:
