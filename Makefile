@@ -44,6 +44,7 @@ gpu: $(KERNELS) ## on a machine with an NVIDIA GPU: its tests, and its benchmark
 	$(BIN)/pytest -m cuda
 	$(BIN)/python benchmarks/ssd.py --device cuda
 	$(BIN)/python benchmarks/step.py --device cuda --sizes small base --packed 1 4 16 --kernels torch compile mamba-ssm
+	$(BIN)/python benchmarks/window_length.py --device cuda --precision bfloat16 --volumes 20 50 100 200 256 --repeats 10 --checkpoint
 
 lint: $(INSTALLED) ## style, types, import layers and workflow format
 	$(BIN)/ruff format --check .

@@ -31,7 +31,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from neuromamba.config import STORES, Cinp, Config, Model, NeuroMamba, RoiModel, Tokens
+from neuromamba.code_windows import CodeWindows
+from neuromamba.config import STORES, Cinp, Config, Model, NeuroMamba, RoiModel, Tablet, Tokens
 from neuromamba.contents import CONTENT_COLUMNS
 from neuromamba.files import InputError
 from neuromamba.layout import Layout
@@ -153,6 +154,9 @@ def make_readers(network: nn.Module, layout: Layout, model: Model, tokens: Token
             case "rois", RoiModel():
                 n_rois = cast(int, network.n_rois)
                 readers.append(RoiWindows(path_of, model, tokens.time_patch, n_rois))
+            case "codes", Tablet():
+                codes = cast(Mapping[str, Any], network.codes)
+                readers.append(CodeWindows(path_of, model.volumes, tokens.time_patch, codes))
             case "fc", Cinp():
                 readers.append(NetworkWindows(path_of, cast(int, network.n_rois)))
             case "anat", Cinp():

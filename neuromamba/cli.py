@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     _add(stages, "overview", "compare the quality of all runs on one page", ["dataset"])
     _add(stages, "excluded", "list the runs that were left out, and why", ["dataset"])
     _add(stages, "splits", "assign subjects to training, validation, test", ["dataset"])
+    options = ["dataset", "fold", "on-change"]
+    _add(stages, "tokenizer", "train an autoencoder of slices, for `codes`", options)
+    text = "encode the slices of runs' volumes, as 27 tokens a volume"
+    _add(stages, "codes", text, [*batched, "fold"])
     trained = ["dataset", "model", "seed"]
     options = [*trained, "fold", "on-change", "fraction"]
     _add(stages, "pretrain", "train a model without labels", options)
@@ -233,6 +237,8 @@ def _add_predict(stages: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stage.add_argument("--explain", type=Path, metavar="FOLDER", help=text)
     text = "of a model that reads regions, the atlas that it was trained with: a file or a name"
     stage.add_argument("--atlas", metavar="ATLAS", help=text)
+    text = "of a model that reads codes, the folder of the tokenizer that it was trained with"
+    stage.add_argument("--tokenizer", type=Path, metavar="FOLDER", help=text)
 
 
 def _add_compare(stages: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -9,7 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from neuromamba.command_options import choose, choose_batches, choose_dataset, read_config
+from neuromamba.command_options import (
+    choose,
+    choose_batches,
+    choose_dataset,
+    choose_folds,
+    read_config,
+)
 from neuromamba.config import Config, load_config
 from neuromamba.files import InputError
 from neuromamba.recording import recorded
@@ -117,6 +123,30 @@ def _anat(options: argparse.Namespace) -> None:
     _each_batch(options, run_anat)
 
 
+def _tokenizer(options: argparse.Namespace) -> None:
+    from neuromamba.tokenizer import run_tokenizer
+
+    config = read_config(options)
+    dataset = choose_dataset(options, config)
+    _refuse_without_images(config, dataset, options.stage)
+    for fold in choose_folds(options, config):
+        with recorded(fold, Job("tokenizer", dataset, fold=fold.fold)):
+            run_tokenizer(fold, dataset, options.on_change)
+
+
+def _codes(options: argparse.Namespace) -> None:
+    from neuromamba.codes import run_codes
+
+    config = read_config(options)
+    dataset = choose_dataset(options, config)
+    _refuse_without_images(config, dataset, options.stage)
+    # Published weights have seen nobody of the dataset, so that their codes serve all folds.
+    for fold in choose_folds(options, config) if config.codes.trained else [config]:
+        for batch in choose_batches(options, config):
+            with recorded(fold, Job("codes", dataset, batch=batch, fold=fold.fold)):
+                run_codes(fold, dataset, batch)
+
+
 def _qc(options: argparse.Namespace) -> None:
     from neuromamba.qc import run_qc
 
@@ -192,6 +222,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "tokens": _tokens,
     "rois": _rois,
     "anat": _anat,
+    "tokenizer": _tokenizer,
+    "codes": _codes,
     "qc": _qc,
     "overview": _overview,
     "excluded": _excluded,

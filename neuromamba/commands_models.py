@@ -222,6 +222,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.device,
         options.explain,
         options.atlas,
+        options.tokenizer,
     )
     return 0 if every else 1
 

@@ -158,7 +158,7 @@ def run_embed(
         if "tokens" in embedder.model.needs:
             store = TokenStore(layout.array("tokens", run))
             refuse_other_grid(store, embedder.tokens, embedder.volumes)
-        else:
+        elif "rois" in embedder.model.arrays:
             refuse_other_regions(layout.array("rois", run), embedder.regions)
     readers = make_readers(embedder.network, layout, embedder.model, embedder.tokens)
     windows = Windows(group_runs(table), readers, config.compute.max_excluded)

@@ -40,6 +40,10 @@ PAPERS = {
         'K. He and others, "Masked autoencoders are scalable vision learners", 2022, arXiv '
         "2111.06377",
     ],
+    "tablet": [
+        "P. Y. Kim and others, Can natural image autoencoders compactly tokenize fMRI volumes for "
+        "long-range dynamics modeling?, CVPR 2026, arXiv 2604.03619",
+    ],
 }
 """What a model of each family rests on."""
 
@@ -86,7 +90,8 @@ def run_export(config: Config, dataset: str, model: str, seed: int, folder: Path
         "best": info["best"],
     }
     regions = info["settings"].get("regions")
-    pretrained = Pretrained(network, section, config.tokens, config.volumes, facts, regions)
+    codes = info["settings"].get("codes")
+    pretrained = Pretrained(network, section, config.tokens, config.volumes, facts, regions, codes)
     save_pretrained(folder, pretrained, write_card(pretrained))
     tqdm.write(
         f"{folder}: {model}, {info['parameters']:,} parameters; set a licence in its README.md "
@@ -109,6 +114,7 @@ def write_card(pretrained: Pretrained) -> str:
             "model": section.model_dump(mode="json"),
             "tokens": pretrained.tokens,
             "regions": pretrained.regions,
+            "codes": pretrained.codes,
             "volumes": pretrained.volumes,
             "earlier": [earlier["dataset"] for earlier in facts["pretrained_from"]],
             "settings": json.dumps(facts["training"], indent=2),

@@ -79,6 +79,15 @@ def digest_file(path: Path | str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_folder(folder: Path) -> str:
+    """SHA-256 of the names and contents of the JSON and safetensors files in a folder of weights.
+
+    What else lies there, such as a model card, is no part of the model.
+    """
+    files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    return digest_json({path.name: digest_file(path) for path in files})
+
+
 def digest_json(value: Any) -> str:
     """SHA-256 of a JSON-able value with sorted keys, so that key order does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -46,7 +46,7 @@ from neuromamba.pretrain import (
     make_record,
     make_settings,
     open_windows,
-    regions_of,
+    sources_of,
 )
 from neuromamba.probe import probe_and_save
 from neuromamba.record import OnChange, ancestry, differences
@@ -164,9 +164,10 @@ def refuse_other_settings(
 ) -> None:
     """Raise `InputError` when the model in `folder` was made under another model or tokens section.
 
-    Weights may fit a model whose window, normalisation or atlas has changed, and then mean nothing.
+    Weights may fit a model whose window, normalisation, atlas or tokenizer has changed, and then
+    mean nothing.
     """
-    sections = ("model", "tokens", "regions", "target")
+    sections = ("model", "tokens", "regions", "codes", "target")
     old, new = (
         {"settings": {name: given.get(name) for name in sections if name in settings}, "inputs": {}}
         for given in (info["settings"], settings)
@@ -201,8 +202,8 @@ def predict_subjects(
     folder, section = layout.finetune(model, seed, target), config.models[model]
     spec = config.datasets[dataset].targets[target]
     runs = list_runs(config, dataset, {subject_of(name) for name in subjects}, section.needs)
-    regions = regions_of(layout, section, runs["run"])
-    settings = make_settings(config, model, section.finetune, seed, regions)
+    sources = sources_of(layout, section, runs["run"])
+    settings = make_settings(config, model, section.finetune, seed, sources)
     settings["target"] = target_settings(config.datasets[dataset], target)
     info, classes = load_model_info(folder), spec.class_names
     refuse_other_settings(folder, info, settings)

@@ -141,6 +141,7 @@ class HeadedModel(nn.Module):
         self.frozen, self.of_means = frozen, of_means
         self.needs: tuple[str, ...] = backbone.needs  # type: ignore[assignment]
         self.n_rois = int(getattr(backbone, "n_rois", 0))
+        self.codes: Mapping[str, Any] | None = getattr(backbone, "codes", None)
         backbone.requires_grad_(not frozen)
         if isinstance(forecast := getattr(backbone, "head", None), nn.Module):
             forecast.requires_grad_(False)

@@ -155,12 +155,13 @@ def run_identify(config: Config, dataset: str, model: str, seed: int) -> None:
 def by_model(
     network: nn.Module, windows: Windows, of_run: Sequence[Window], time_patch: int
 ) -> Features:
-    """The mean embedding of windows, and of still ones where the model reads tokens."""
+    """The mean embedding of windows, and of still ones where the model reads whole volumes."""
     device = next(network.parameters()).device
 
     def encode(batch: Batch) -> Tensor:
         batch = to_device(batch, device)
-        parts = [batch, still(batch, time_patch)] if "tokens" in batch else [batch]
+        whole = "tokens" in batch or "codes" in batch
+        parts = [batch, still(batch, time_patch)] if whole else [batch]
         return torch.stack([network.embed(part) for part in parts], 1)  # type: ignore[operator]
 
     found = mean_of_windows(encode, windows, of_run)
@@ -168,7 +169,10 @@ def by_model(
 
 
 def still(batch: Batch, time_patch: int) -> Batch:
-    """The batch with each volume replaced by the mean volume of its window."""
+    """The batch with each volume, or its codes, replaced by the mean one of its window."""
+    if "codes" in batch:
+        codes = batch["codes"]
+        return {**batch, "codes": codes.mean(1, keepdim=True).expand_as(codes).contiguous()}
     tokens = batch["tokens"]
     mean = tokens.unflatten(-1, (time_patch, -1)).mean((1, 2))
     return {**batch, "tokens": mean.repeat(1, time_patch)[:, None].expand_as(tokens).contiguous()}

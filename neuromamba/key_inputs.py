@@ -15,7 +15,7 @@ from neuromamba.anat_scan import Anatomical, find_anatomicals
 from neuromamba.atlases import atlas_digest, is_named
 from neuromamba.config import Config
 from neuromamba.events import EventFiles
-from neuromamba.files import InputError, digest_file, digest_json
+from neuromamba.files import InputError, digest_file, digest_folder, digest_json
 from neuromamba.layout import Layout
 from neuromamba.listing import LISTING_COLUMNS, list_runs_of
 from neuromamba.participants import read_participants, read_rows
@@ -61,6 +61,8 @@ class Inputs(ABC):
                 return [where, self.config.compute.batches, self._rows(job.dataset)]
             case "volumes" | "tokens" | "qc":
                 return self._rows(job.dataset, job.batch)
+            case "codes":
+                return [self._rows(job.dataset, job.batch), self._tokenizer_weights(job)]
             case "anat":
                 folder = self.config.datasets[job.dataset].derivatives
                 found = self._digest(job, "T1w images", folder, lambda: self._anatomicals(job))
@@ -85,7 +87,7 @@ class Inputs(ABC):
             data += self._subjects_and_runs(name, job.fold)
             if job.target in self.config.datasets[name].state_targets:
                 data.append(self._events_digest(job, name))
-            elif job.stage not in ("pretrain", "forecast", "identify"):
+            elif job.stage not in ("tokenizer", "pretrain", "forecast", "identify"):
                 data.append(self._labels_digest(job, name))
             if job.stage == "baselines":
                 data.append(self._facts_digest(job, name))
@@ -139,8 +141,22 @@ class Inputs(ABC):
             return self._outside.setdefault(job, {}).setdefault("atlas", atlas_digest(atlas))
         return self._digest(job, "atlas", atlas, lambda: atlas_digest(str(atlas)))
 
-    def _atlas_before(self, job: Job) -> str | None:
-        return self._atlas(job)
+    def _tokenizer_weights(self, job: Job) -> str | None:
+        """Digest of the folder of weights that codes are made by; those on the hub stay."""
+        codes = self.config.codes
+        folder = None if codes.trained or codes.on_hub else codes.weights
+
+        def digest() -> str:
+            name = str(folder)
+            if name not in self._digests:  # a gigabyte, and as many jobs as batches
+                self._digests[name] = digest_folder(Path(name))
+            return self._digests[name]
+
+        return self._digest(job, "tokenizer", folder, digest)
+
+    def _outside_before(self, job: Job) -> str | None:
+        """Digest of what one of the jobs before works on that lies outside the results."""
+        return self._atlas(job) if job.stage == "rois" else self._tokenizer_weights(job)
 
     def _digest(
         self, job: Job, name: str, file: str | None, digest: Callable[[], str] | None = None

@@ -178,12 +178,17 @@ class Keys(Inputs):
             case "overview":
                 listed = [one for one in before if one.stage == "excluded"]
                 return [self._key_before(one, code) for one in listed]
+            case "codes":
+                trained = [one for one in before if one.stage == "tokenizer"]
+                return [self._key_before(one, code) for one in trained]
             case "excluded" | "baselines" | "pretrain" | "cell":
-                return self._atlases(before)
+                return self._outsides(before)
             case "finetune" | "evaluate" | "forecast" | "identify" | "retrieve" | "explain":
                 made = [one for one in before if one.stage in RESULTS]
-                return [self._key_before(one, code) for one in made] + self._atlases(before)
+                return [self._key_before(one, code) for one in made] + self._outsides(before)
         return []
 
-    def _atlases(self, before: Sequence[Job]) -> list[str]:
-        return sorted({str(self._atlas_before(one)) for one in before if one.stage == "rois"})
+    def _outsides(self, before: Sequence[Job]) -> list[str]:
+        """Digests of the atlas and of the weights of a tokenizer, which no recipe holds."""
+        read = [one for one in before if one.stage in ("rois", "codes")]
+        return sorted({str(self._outside_before(one)) for one in read})

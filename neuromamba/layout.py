@@ -13,19 +13,22 @@ class Layout:
     """Paths of one dataset's results under `results/{dataset}`.
 
     `arrays` is where the Zarr stores lie; `None` puts them beside their manifests. `fold` is the
-    fold of a cross-validation, of which the split and what is trained on it are.
+    fold of a cross-validation, of which the split and what is trained on it are; `of_fold` are the
+    data stages whose results are a fold's too.
     """
 
     results: Path
     dataset: str
     arrays: Path | None = None
     fold: str = ""
+    of_fold: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Config, dataset: str) -> Layout:
         """The layout of a dataset (or mixture) by the config's `results`, `arrays` and fold."""
         arrays = None if config.arrays is None else Path(config.arrays)
-        return cls(Path(config.results), dataset, arrays, config.fold)
+        of_fold = ("codes",) if config.codes.trained else ()
+        return cls(Path(config.results), dataset, arrays, config.fold, of_fold)
 
     @property
     def root(self) -> Path:
@@ -67,15 +70,16 @@ class Layout:
 
     def manifest(self, stage: str, batch: int) -> Path:
         """The list of the runs that a batch job of `stage` made or left out."""
-        return self.root / stage / f"batch-{batch}.tsv"
+        return self.root / self._folder(stage) / f"batch-{batch}.tsv"
 
     def array(self, stage: str, run: str) -> Path:
-        """The Zarr store of one run (`stage`: `volumes`, `tokens`, `rois`) or subject (`anat`).
+        """The Zarr store of one run (`volumes`, `tokens`, `rois`, `codes`) or subject (`anat`).
 
         A run of another dataset is named `{dataset}/{run}`.
         """
         dataset, _, name = run.rpartition("/")
-        return (self.arrays or self.results) / (dataset or self.dataset) / stage / f"{name}.zarr"
+        root = (self.arrays or self.results) / (dataset or self.dataset)
+        return root / self._folder(stage) / f"{name}.zarr"
 
     def digests(self, stage: str, batch: int) -> Path:
         """What is remembered of the stores of a batch; see `neuromamba.contents`.
@@ -83,12 +87,20 @@ class Layout:
         It holds dates, so it lies outside of the folders that DVC versions.
         """
         root = (self.arrays or self.results) / ".digests" / self.dataset
-        return root / stage / f"batch-{batch}.jsonl"
+        return root / self._folder(stage) / f"batch-{batch}.jsonl"
+
+    def _folder(self, stage: str) -> Path:
+        return Path(stage, self.fold) if stage in self.of_fold else Path(stage)
 
     @property
     def atlas_lock(self) -> Path:
         """Held by the job that fetches an atlas, of whichever dataset."""
         return (self.arrays or self.results) / ".digests" / "atlas.lock"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The autoencoder of slices that is trained on the training subjects."""
+        return self.root / "tokenizer" / self.fold
 
     @property
     def scaling(self) -> Path:

@@ -43,6 +43,8 @@ def _architecture(name: str, training: Training) -> str:
             return _cinp(name, model, size) + _networks(training)
         case "roi_transformer":
             return _roi_transformer(name, model, size) + _regions(training)
+        case "tablet":
+            return _tablet(name, model, size) + _codes(training)
     return f"{name} is a model of the family {model['family']}."
 
 
@@ -66,6 +68,47 @@ def _networks(training: Training) -> str:
         return text
     count = len(weights["loaded"])
     return text + f" The image encoder began with published weights ({count} tensors fitted)."
+
+
+def _codes(training: Training) -> str:
+    """Whose codes a model reads."""
+    codes = training.info["settings"]["codes"]
+    made_by = {
+        "dc-ae": "the published deep compression autoencoder of natural images [@chen2025dcae]",
+        "slices": "an autoencoder of slices that was trained on the training subjects",
+    }[codes["tokenizer"]["kind"]]
+    scaled = {
+        "maximum": "volumes over the scan's maximum",
+        "voxel": "volumes in units of each voxel's SD about its mean",
+    }[codes["normalization"]]
+    return (
+        f" The tokens are codes of slices along three axes by {made_by}, which stayed as it was: "
+        f"of {scaled}, {codes['n_tokens']} a volume of {codes['code_width']} values each."
+    )
+
+
+def _tablet(name: str, model: dict[str, Any], size: str) -> str:
+    hidden = {
+        "tube": "the tokens of a volume, the same at all times,",
+        "time": "the volumes",
+        "random": "the tokens",
+    }[model["mask"]]
+    placed = {
+        "rope": " with rotary positions [@su2024roformer]",
+        "grid": " with learnt places in the volume and rotary times [@su2024roformer]",
+        "none": " without positions",
+    }[model["position"]]
+    target = {
+        "normed": "each minus its mean over its SD",
+        "raw": "as they are",
+        "changes": "each minus its mean over the window",
+    }[model["target"]]
+    return (
+        f"{name} follows TABLeT [@kim2026tablet] ({size}width {model['width']}, {model['depth']} "
+        f"blocks): a Transformer [@vaswani2017attention] with grouped-query attention "
+        f"[@ainslie2023gqa]{placed} over the tokens of {model['volumes']} volumes, which learnt to "
+        f"tell hidden ones, {model['mask_share']:.0%} of {hidden} {target}."
+    )
 
 
 def _cinp(name: str, model: dict[str, Any], size: str) -> str:

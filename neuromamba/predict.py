@@ -31,7 +31,7 @@ from neuromamba.new_scans import Asked, NewScan, find_scans
 from neuromamba.observe import Observed, observe_run
 from neuromamba.predicted import Outcome, summarize, tabulate
 from neuromamba.predicted_maps import add_maps, refuse_unmapped
-from neuromamba.predictor import Predictor, open_predictor, with_atlas
+from neuromamba.predictor import Predictor, open_predictor, with_atlas, with_tokenizer
 from neuromamba.scan_windows import scan_windows
 from neuromamba.tables import write_table
 from neuromamba.volumes import Source
@@ -51,6 +51,7 @@ def run_predict(
     device: str = "auto",
     explain: Path | None = None,
     atlas: str | None = None,
+    tokenizer: Path | None = None,
 ) -> bool:
     """Predict scans, print a summary, and write the table of `predicted` to `output`.
 
@@ -72,6 +73,8 @@ def run_predict(
         Folder for a map of each prediction (see `predicted_maps`); by default none is made.
     atlas
         File or name of the atlas whose regions the model reads, if it does.
+    tokenizer
+        Folder of the tokenizer whose codes the model reads, if it does.
 
     Returns
     -------
@@ -85,7 +88,7 @@ def run_predict(
     """
     if not 0 < confidence < 1:
         raise InputError(f"--confidence {confidence:g}: must be above 0 and below 1, such as 0.9")
-    predictor = with_atlas(open_predictor(model, device), atlas)
+    predictor = with_tokenizer(with_atlas(open_predictor(model, device), atlas), tokenizer)
     found = find_scans(scans, predictor.space, asked or Asked())
     if explain is not None:
         refuse_unmapped(predictor, found, level, explain)

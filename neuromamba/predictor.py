@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from neuromamba.atlases import open_atlas
 from neuromamba.calibration_file import Arrays, Calibration, load_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
-from neuromamba.config import Compute, Config, Finetune, Model, Tokens, Volumes, load_config
+from neuromamba.config import Codes, Compute, Config, Finetune, Model, Tokens, Volumes, load_config
 from neuromamba.files import InputError
 from neuromamba.heads import HeadedModel, NumberHead, make_unscaled
 from neuromamba.models import build_model
@@ -28,6 +28,7 @@ from neuromamba.parcellation import Parcellation
 from neuromamba.pretrain import n_rois_of
 from neuromamba.record import seen_subjects
 from neuromamba.runtime import choose_device
+from neuromamba.slice_encoders import SliceEncoder, load_encoder
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Predictor:
     regions, atlas
         Of a model of ROI series: what is known of them (see `neuromamba.pretrain.regions_of`), and
         the atlas by which new scans are summed over them, once `with_atlas` has been given it.
+    codes, encoder
+        Of a model of codes: what they are (see `neuromamba.code_windows.code_facts`), and the
+        autoencoder that makes them of new scans, once `with_tokenizer` has been given it.
     """
 
     network: HeadedModel
@@ -65,6 +69,8 @@ class Predictor:
     arrays: Arrays
     regions: Mapping[str, Any] | None = None
     atlas: Parcellation | None = None
+    codes: Mapping[str, Any] | None = None
+    encoder: SliceEncoder | None = None
 
     @property
     def grid(self) -> Grid:
@@ -144,6 +150,7 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
         calibration=calibration,
         arrays=arrays,
         regions=settings.get("regions"),
+        codes=settings.get("codes"),
     )
 
 
@@ -171,6 +178,50 @@ def with_atlas(predictor: Predictor, atlas: str | None) -> Predictor:
             "(`series`) knows no atlas, and so no new scans"
         )
     return replace(predictor, atlas=found)
+
+
+def with_tokenizer(predictor: Predictor, tokenizer: Path | None) -> Predictor:
+    """The predictor with what makes codes of new scans; only a model of codes takes a tokenizer.
+
+    Parameters
+    ----------
+    tokenizer
+        Folder of the one that was trained with it (`results/.../tokenizer`), or of a DC-AE's
+        weights.
+
+    Raises
+    ------
+    InputError
+        When there is none, one too many, or another than it was trained with.
+    """
+    codes = predictor.codes
+    if codes is None:
+        if tokenizer is not None:
+            raise InputError(f"--tokenizer {tokenizer}: the model reads no codes; leave it out")
+        return predictor
+    kind, sha256 = codes["tokenizer"]["kind"], codes["tokenizer"]["sha256"]
+    what = f"the tokenizer {kind} whose weights have the SHA-256 {sha256[:12]}..."
+    if tokenizer is None:
+        raise InputError(
+            f"the model reads codes by {what}: name its folder by --tokenizer (one that was "
+            "trained here lies in results/DATASET/tokenizer)"
+        )
+    if not tokenizer.is_dir():
+        raise InputError(
+            f"--tokenizer {tokenizer}: there is no such folder; the model needs {what}"
+        )
+    settings = Codes(
+        tokenizer=kind, weights=str(tokenizer.absolute()), normalization=codes["normalization"]
+    )
+    device = next(predictor.network.parameters()).device.type
+    own = tokenizer if settings.trained else None
+    encoder = load_encoder(settings, predictor.volumes.shape[0], device, own)
+    if encoder.facts["sha256"] != sha256:
+        raise InputError(
+            f"--tokenizer {tokenizer}: the model was trained on codes by {what}, and this is "
+            f"another one ({encoder.facts['sha256'][:12]}...); give that one"
+        )
+    return replace(predictor, encoder=encoder)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -205,7 +256,8 @@ def _load(
     # The weights drawn here are replaced: nobody else's random numbers are to change for them.
     with torch.random.fork_rng(devices=[]):
         values = tokens.patch**3 * tokens.time_patch
-        backbone = build_model(model, values, compute, n_rois_of(settings))
+        n_rois, codes = n_rois_of(settings), settings.get("codes")
+        backbone = build_model(model, values, compute, n_rois, codes)
         network = make_unscaled(backbone, classes, settings["finetune"]["mode"] == "probe")
     load_weights(network, folder)
     return network.to(choose_device(device)).eval()

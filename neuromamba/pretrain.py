@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from neuromamba.batches import Windows, group_runs, list_runs, make_readers
 from neuromamba.checkpoint import load_model_info, load_weights
+from neuromamba.code_windows import code_facts, read_codes
 from neuromamba.config import Config, Model, Optimiser
 from neuromamba.files import InputError, digest_file, digest_json
 from neuromamba.image_weights import digest_weights, load_image_weights
@@ -133,12 +134,14 @@ def make_network(
 ) -> nn.Module:
     """The model family with fresh weights drawn from `seed`.
 
-    `settings` are those of its training, which tell of how many regions it reads the series.
+    `settings` are those of its training, which tell of how many regions it reads the series, or
+    whose codes.
     """
     torch.manual_seed(seed)
     values = config.tokens.patch**3 * config.tokens.time_patch
-    n_rois = n_rois_of(settings or {})
-    return build_model(config.models[model], values, config.compute, n_rois)
+    known = settings or {}
+    n_rois, codes = n_rois_of(known), known.get("codes")
+    return build_model(config.models[model], values, config.compute, n_rois, codes)
 
 
 def n_rois_of(settings: Mapping[str, Any]) -> int:
@@ -174,18 +177,50 @@ def regions_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, A
     return dict(zip(("atlas", "atlas_sha256", "n_rois"), found[first], strict=True))
 
 
+def codes_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, Any] | None:
+    """Whose codes a model reads, by a run of each dataset: `code_windows.code_facts`.
+
+    `None` for a model that reads none.
+
+    Raises
+    ------
+    InputError
+        When the datasets of a mixture have codes of different tokenizers.
+    """
+    one_of = {run.rpartition("/")[0]: run for run in runs}
+    if "codes" not in model.arrays or not one_of:
+        return None
+    stores = {name: layout.array("codes", run) for name, run in one_of.items()}
+    found = {name: code_facts(read_codes(store)) for name, store in stores.items()}
+    first, *others = found
+    for other in others:
+        if found[other] != found[first]:
+            raise InputError(
+                f"datasets {first} and {other} have codes of different tokenizers: make both by "
+                "the same one, or leave one out of the mixture"
+            )
+    return found[first]
+
+
+def sources_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, Any]:
+    """What a model has to know of its input beside the config, as its settings name it."""
+    names = list(runs)
+    found = {"regions": regions_of(layout, model, names), "codes": codes_of(layout, model, names)}
+    return {name: known for name, known in found.items() if known is not None}
+
+
 def make_settings(
     config: Config,
     model: str,
     settings: Optimiser,
     seed: int,
-    regions: Mapping[str, Any] | None = None,
+    sources: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The part of the config that a training depends on: its own section, the model's, tokens.
 
-    `regions` are those of `regions_of`.
+    `sources` are those of `sources_of`.
     """
-    return ({"regions": dict(regions)} if regions else {}) | {
+    return dict(sources or {}) | {
         "model": config.models[model].model_dump(
             mode="json",
             # Weights to start from are an input, and the same wherever they lie.
@@ -208,13 +243,13 @@ def make_record(
     members = config.members(dataset)
     splits = {name: digest_file(Layout.of(config, name).split) for name in members}
     mixture = {"mixture": members} if dataset in config.mixtures else {}
-    regions = regions_of(Layout.of(config, dataset), config.models[model], runs["run"])
+    sources = sources_of(Layout.of(config, dataset), config.models[model], runs["run"])
     return {
         "stage": stage,
         "dataset": dataset,
         "model": model,
         "seed": seed,
-        "settings": make_settings(config, model, settings, seed, regions) | mixture,
+        "settings": make_settings(config, model, settings, seed, sources) | mixture,
         "inputs": {
             "split": splits.get(dataset, splits),
             "runs": digest_json(runs[["run", "key"]].astype(str).to_numpy().tolist()),

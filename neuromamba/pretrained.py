@@ -71,6 +71,8 @@ class Pretrained:
         What else is told of it: counts of subjects and runs, settings and outcome of its training.
     regions
         `atlas`, `atlas_sha256` and `n_rois` of a model of ROI series.
+    codes
+        Of a model of codes, whose: see `neuromamba.code_windows.code_facts`.
     """
 
     network: nn.Module
@@ -79,6 +81,7 @@ class Pretrained:
     volumes: Volumes
     facts: Mapping[str, Any] = field(default_factory=dict)
     regions: Mapping[str, Any] | None = None
+    codes: Mapping[str, Any] | None = None
 
 
 def save_pretrained(folder: Path | str, pretrained: Pretrained, card: str) -> None:
@@ -111,6 +114,7 @@ def save_pretrained(folder: Path | str, pretrained: Pretrained, card: str) -> No
             "tokens": pretrained.tokens.model_dump(mode="json"),
             "volumes": pretrained.volumes.model_dump(mode="json", include=SHARED_GRID),
             **({"regions": dict(pretrained.regions)} if pretrained.regions else {}),
+            **({"codes": dict(pretrained.codes)} if pretrained.codes else {}),
             "facts": dict(pretrained.facts),
             "weights": {WEIGHTS: digest_file(temporary / WEIGHTS)},
         }
@@ -164,10 +168,12 @@ def from_pretrained(
     values = tokens.patch**3 * tokens.time_patch
     # The weights drawn here are replaced: nobody else's random numbers are to change for them.
     with torch.random.fork_rng(devices=[]):
-        network = build_model(model, values, compute, n_rois_of(facts))
+        codes = facts.get("codes")
+        network = build_model(model, values, compute, n_rois_of(facts), codes)
     put_weights(network, _read_weights(folder, facts), folder / WEIGHTS)
     regions = facts.get("regions")
-    return Pretrained(network.eval(), model, tokens, volumes, facts.get("facts", {}), regions)
+    told = facts.get("facts", {})
+    return Pretrained(network.eval(), model, tokens, volumes, told, regions, codes)
 
 
 def open_pretrained(

@@ -43,8 +43,9 @@ class _OnDisk(Keys):
     def _key_before(self, job: Job, code: bool) -> str:
         return str(read_record(self.config, job).get("key" if code else "origin"))
 
-    def _atlas_before(self, job: Job) -> str | None:
-        return read_record(self.config, job).get("outside", {}).get("atlas")
+    def _outside_before(self, job: Job) -> str | None:
+        name = "atlas" if job.stage == "rois" else "tokenizer"
+        return read_record(self.config, job).get("outside", {}).get(name)
 
     def _data(self, job: Job) -> Any:
         # What a split is made of is checked later, against the subjects that it then has.

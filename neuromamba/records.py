@@ -27,6 +27,7 @@ WHOLE_FOLDERS = (
     "identify",
     "retrieve",
     "explain",
+    "tokenizer",
 )
 """Stages whose jobs have a folder of their own, with more files than one."""
 
@@ -78,9 +79,10 @@ def _beside_data(config: Config, job: Job) -> Path | None:
     """Where data that lie apart tell whose they are: DVC may bring back another list of them."""
     if job.stage == "preprocess":
         return _derivatives(config, job) / ".neuromamba" / f"{job.subject}.key.json"
-    if config.arrays is None or job.stage not in (*BATCHED, "anat"):
+    if config.arrays is None or job.stage not in (*BATCHED, "anat", "codes"):
         return None
-    return Path(config.arrays) / job.dataset / job.stage / f"batch-{job.batch}.key.json"
+    stores = Layout.of(config.in_fold(job.fold), job.dataset).array(job.stage, "run").parent
+    return stores / f"batch-{job.batch}.key.json"
 
 
 def _derivatives(config: Config, job: Job) -> Path:
@@ -121,9 +123,11 @@ def _changes(key: str, old: Any, new: Any) -> list[str]:
 
 def forget_batches(config: Config, dataset: str) -> None:
     """Remove the lists of batches that are no more, for other jobs change their arrays."""
-    for stage in ("index", *BY_BATCH):
-        job = Job(stage, dataset, batch=0)
-        folder = Layout.of(config, dataset).manifest(stage, 0).parent
+    jobs = [Job(stage, dataset, batch=0) for stage in ("index", *BY_BATCH)]
+    folds = config.splits.names if config.codes.trained else []
+    jobs += [Job("codes", dataset, batch=0, fold=fold) for fold in folds if fold]
+    for job in jobs:
+        folder = Layout.of(config.in_fold(job.fold), dataset).manifest(job.stage, 0).parent
         for manifest in folder.glob("batch-*.tsv"):
             number = int(manifest.stem.removeprefix("batch-"))
             if number >= config.compute.batches:

@@ -53,6 +53,18 @@ BIBTEX = r"""
 @inproceedings{hu2025cinp, author={Hu, Xingcan and Wang, Wei and Xiao, Li},
   title={Learning {3D} Medical Image Models From Brain Functional Connectivity Network Supervision For Mental Disorder Diagnosis},
   booktitle={Medical Image Computing and Computer Assisted Intervention}, year={2025}, url={https://arxiv.org/abs/2503.04205}}
+@inproceedings{kim2026tablet, author={Kim, Peter Yongho and Park, Juhyeon and Park, Jungwoo and Choi, Jubin and Seo, Jungwoo and Cha, Jiook and Moon, Taesup},
+  title={Can Natural Image Autoencoders Compactly Tokenize {fMRI} Volumes for Long-Range Dynamics Modeling?},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2026}, url={https://arxiv.org/abs/2604.03619}}
+@inproceedings{chen2025dcae, author={Chen, Junyu and others},
+  title={Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models},
+  booktitle={International Conference on Learning Representations}, year={2025}, url={https://arxiv.org/abs/2410.10733}}
+@inproceedings{ainslie2023gqa, author={Ainslie, Joshua and others},
+  title={{GQA}: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints},
+  booktitle={Conference on Empirical Methods in Natural Language Processing}, year={2023}, url={https://arxiv.org/abs/2305.13245}}
+@article{su2024roformer, author={Su, Jianlin and others},
+  title={{RoFormer}: Enhanced transformer with Rotary Position Embedding},
+  journal={Neurocomputing}, volume={568}, pages={127063}, year={2024}, doi={10.1016/j.neucom.2023.127063}}
 @inproceedings{tang2022swin, author={Tang, Yucheng and others},
   title={Self-Supervised Pre-Training of {Swin} Transformers for {3D} Medical Image Analysis},
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition}, year={2022}, url={https://arxiv.org/abs/2111.14791}}

@@ -121,7 +121,8 @@ def training_cost(info: Mapping[str, Any], runs: pd.DataFrame, folder: Path) -> 
     training, cut = settings["pretrain"], settings["tokens"]
     model = TypeAdapter[Model](Model).validate_python(settings["model"])
     values = cut["patch"] ** 3 * cut["time_patch"]
-    network = build_model(model, values, n_rois=n_rois_of(settings))
+    n_rois, codes = n_rois_of(settings), settings.get("codes")
+    network = build_model(model, values, n_rois=n_rois, codes=codes)
     n_time = model.volumes // cut["time_patch"]
     if not hasattr(network, "flops") or "tokens" not in network.needs:  # type: ignore[operator]
         raise InputError(f"{folder}: models of family {model.family} do not count operations")

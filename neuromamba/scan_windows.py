@@ -1,4 +1,4 @@
-"""Windows of a new scan, made by the code of the stages `volumes` and `tokens` for a while."""
+"""Windows of a new scan, made by the code of the data stages for a while."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neuromamba.batches import Windows, make_readers
-from neuromamba.config import Rois
+from neuromamba.codes import make_codes
+from neuromamba.config import Codes, Rois
 from neuromamba.files import InputError
 from neuromamba.fitness import as_read, refuse_short
 from neuromamba.layout import Layout
@@ -54,8 +55,13 @@ def _prepare(predictor: Predictor, source: Source, layout: Layout) -> int:
     seconds = volumes.denoise.repetition_time or source.repetition_time
     n_volumes = int(made["n_volumes"])
     refuse_short(predictor, n_volumes, seconds, f"{source.bold}, after denoising,")
-    if predictor.atlas is None:
-        make_tokens(store, layout.array("tokens", source.run), tokens, volumes.shard_volumes)
-    else:
+    if predictor.encoder is not None:
+        assert predictor.codes is not None
+        how = Codes(normalization=predictor.codes["normalization"])
+        target, shard = layout.array("codes", source.run), volumes.shard_volumes
+        make_codes(store, target, predictor.encoder, how, shard)
+    elif predictor.atlas is not None:
         make_rois(store, layout.array("rois", source.run), predictor.atlas, READ_VOLUMES, Rois())
+    else:
+        make_tokens(store, layout.array("tokens", source.run), tokens, volumes.shard_volumes)
     return as_read(predictor, n_volumes, seconds) // tokens.time_patch * tokens.time_patch

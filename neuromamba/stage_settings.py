@@ -8,6 +8,9 @@ from neuromamba.config import Classification, Config, Dataset, Finetune, Optimis
 from neuromamba.qc_rules import rules_of
 from neuromamba.stages import STUDIES, Job, model_of
 
+TRAINED = {"normalization", "slices"}
+"""The settings of `codes` that a tokenizer of our own depends on."""
+
 
 def settings_of(config: Config, job: Job) -> dict[str, Any]:
     """The settings that a job's result depends on beside those of the jobs before it, JSON-able."""
@@ -40,6 +43,10 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
         case "rois" if dataset is not None and dataset.series is not None:
             own = config.rois.model_dump(mode="json", include={"connectivity", "fisher_z"})
             return {"rois": own, "volumes": {"min_volumes": config.volumes.min_volumes}}
+        case "tokenizer":
+            return {"codes": config.codes.model_dump(mode="json", include=TRAINED)}
+        case "codes":
+            return {"codes": _settings_of_codes(config)}
         case "tokens" | "rois":
             return {job.stage: getattr(config, job.stage).model_dump(mode="json")}
         case "splits":
@@ -71,6 +78,14 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
         case "scaling":
             return {key: getattr(config.evaluate, key) for key in ("bootstrap", "confidence")}
     return {}
+
+
+def _settings_of_codes(config: Config) -> dict[str, Any]:
+    """What codes depend on beside a tokenizer that was trained here, or weights in a folder."""
+    unused = {"batch_slices", "slices"}
+    if not config.codes.on_hub or config.codes.trained:
+        unused |= {"weights", "revision"}  # they are an input, and the same wherever they lie
+    return config.codes.model_dump(mode="json", exclude=unused)
 
 
 def _settings_of_splits(config: Config) -> dict[str, Any]:

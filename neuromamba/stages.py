@@ -20,14 +20,18 @@ BATCHED = ("volumes", "tokens", "rois")
 """Stages that make an array of each run."""
 TESTED = ("tokens", "rois")
 """Those of which a subject needs what its dataset has, to be trained on and tested."""
-BY_BATCH = (*BATCHED, "anat", "qc")
+BY_BATCH = (*BATCHED, "anat", "qc", "codes")
 STAGES = (
     "preprocess",
     "index",
-    *BY_BATCH,
+    *BATCHED,
+    "anat",
+    "qc",
     "excluded",
     "overview",
     "splits",
+    "tokenizer",
+    "codes",
     "baselines",
     "pretrain",
     "finetune",
@@ -115,6 +119,13 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [replace(job, stage="volumes")]
         case "qc":
             return [replace(job, stage="tokens")]
+        case "tokenizer":
+            made = _arrays(config, members, ["volumes"])
+            return [Job("splits", job.dataset), *made, *_checked(config, members)]
+        case "codes":
+            volumes = replace(job, stage="volumes", fold="")
+            first = [Job("splits", job.dataset), replace(job, stage="tokenizer", batch=None)]
+            return [volumes, *(first if config.codes.trained else [])]
         case "splits":
             return [Job("excluded", job.dataset), *_arrays(config, members, TESTED)]
         case "excluded":
@@ -125,11 +136,13 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             return [Job("excluded", job.dataset), *qc]
         case "pretrain" | "cell":
             splits = [Job("splits", name) for name in members]
-            made = _arrays(config, members, model_of(config, job).arrays)
+            # The scaling study is of the first fold.
+            fold = config.splits.names[0] if job.stage == "cell" else job.fold
+            made = _arrays(config, members, model_of(config, job).arrays, fold)
             return [*splits, *made, *_checked(config, members)]
         case "finetune":
             fresh = model_of(config, job).finetune.start == "fresh"
-            made = _arrays(config, members, model_of(config, job).arrays)
+            made = _arrays(config, members, model_of(config, job).arrays, job.fold)
             first = made if fresh else [_pretrain(config, job)]
             return [Job("splits", job.dataset), *first, *_checked(config, members)]
         case "baselines":
@@ -158,7 +171,8 @@ def jobs_before(config: Config, job: Job) -> list[Job]:
             first = [Job("splits", job.dataset), _pretrain(config, job)]
             besides = {"rois"} if job.stage == "identify" else set()
             wanted = {*model_of(config, job).arrays, *besides}
-            made = _arrays(config, members, [one for one in (*BATCHED, "anat") if one in wanted])
+            read = [one for one in (*BATCHED, "anat", "codes") if one in wanted]
+            made = _arrays(config, members, read, job.fold)
             return [*first, *made, *_checked(config, members)]
         case "scaling":
             return _cells(config, job.dataset)
@@ -197,19 +211,25 @@ def is_pooled(config: Config, job: Job) -> bool:
     return job.stage == "evaluate" and config.splits.protocol != "holdout" and not job.fold
 
 
-def _batches(config: Config, datasets: list[str], stage: str) -> list[Job]:
+def _batches(config: Config, datasets: list[str], stage: str, fold: str = "") -> list[Job]:
     numbers = range(config.compute.batches)
-    return [Job(stage, name, batch=number) for name in datasets for number in numbers]
+    return [Job(stage, name, batch=number, fold=fold) for name in datasets for number in numbers]
 
 
-def _arrays(config: Config, datasets: list[str], stages: Iterable[str]) -> list[Job]:
-    """The jobs of those of `stages` that make an array of a dataset's runs or subjects."""
+def _arrays(
+    config: Config, datasets: list[str], stages: Iterable[str], fold: str = ""
+) -> list[Job]:
+    """The jobs of those of `stages` that make an array of a dataset's runs or subjects.
+
+    Codes by a tokenizer that is trained on a fold's training subjects are that fold's own.
+    """
+    own = fold if config.codes.trained else ""
     return [
         job
         for stage in stages
         for name in datasets
         if stage in config.datasets[name].readable
-        for job in _batches(config, [name], stage)
+        for job in _batches(config, [name], stage, own if stage == "codes" else "")
     ]
 
 
@@ -259,7 +279,9 @@ def output_of(config: Config, job: Job) -> Path:
             return layout.index
         case "overview":
             return layout.overview
-        case "volumes" | "tokens" | "rois" | "anat" | "qc":
+        case "tokenizer":
+            return layout.tokenizer / "model.json"
+        case "volumes" | "tokens" | "rois" | "anat" | "qc" | "codes":
             assert job.batch is not None
             return layout.manifest(job.stage, job.batch)
         case "splits":

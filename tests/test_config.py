@@ -16,12 +16,14 @@ from neuromamba.config import (
     Lmae,
     NeuroMamba,
     RoiTransformer,
+    Tablet,
     build_config,
     load_config,
     save_config,
 )
 from neuromamba.files import InputError
-from neuromamba.stages import Job, all_jobs, jobs_before
+from neuromamba.layout import Layout
+from neuromamba.stages import Job, all_jobs, jobs_before, output_of
 
 SHIPPED = ["bids", "demo", "fmriprep", "xcpd", "hcp", "ukb", "abcd", "adhd200", "abide"]
 
@@ -202,9 +204,19 @@ def test_the_models_of_series_name_every_key(root: Path, name: str, family: type
     assert set(written) == set(family.model_fields)
 
 
+def test_the_published_model_of_codes_names_every_key(root: Path):
+    written = yaml.safe_load((root / "config/models/tablet.yaml").read_text())
+    assert set(written) == set(Tablet.model_fields)
+    trainings = {"pretrain", "finetune"}
+    assert Tablet(**written).model_dump(exclude=trainings) == Tablet(family="tablet").model_dump(
+        exclude=trainings
+    )
+
+
 def test_every_shipped_model_is_valid(root: Path, base: Path):
     names = sorted(path.stem for path in (root / "config" / "models").glob("*.yaml"))
-    config = load_config([base], [f"models=[{','.join(names)}]"])
+    given = [f"models=[{','.join(names)}]", "codes.tokenizer=slices"]
+    config = load_config([base], given)
     assert list(config.models) == names
     variants = {name for name in names if name.startswith(("lmae-", "cinp-"))}
     assert set(config.ablations) == variants - {"lmae-probe", "cinp-tiny"}
@@ -386,3 +398,75 @@ def test_states_are_told_of_volumes_as_they_were_scanned():
 def test_settings_of_quality_that_leave_out_nobody_do_not_matter_to_series():
     config = build_config(config_of_series(qc={"outlier": 5, "pages": False}), "config", "test")
     assert config.qc.outlier == 5
+
+
+# --- Codes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The family `neuromamba` reads codes."""
+    monkeypatch.setattr(NeuroMamba, "needs", ("codes",))
+
+
+def test_a_name_on_the_hub_needs_its_commit(base: Path):
+    hub = "codes.weights=owner/name"
+    said = problem(base, hub)
+    assert "name on the hub, where weights can change: set `revision` to the commit" in said
+    assert "write ./owner/name" in said
+    assert "set `revision`" in problem(base, hub, "codes.revision=main")
+    load_config([base], [hub, f"codes.revision={'0a' * 20}"])
+    load_config([base], ["codes.weights=./owner/name"])
+    load_config([base], ["codes.weights=/data/weights/dc-ae"])
+    said = problem(base, "codes.weights=./owner/name", f"codes.revision={'0a' * 20}")
+    assert "is no name on it; leave revision out" in said
+
+
+@pytest.mark.usefixtures("reads_codes")
+def test_a_model_that_reads_codes_needs_weights_and_a_cube(base: Path):
+    said = problem(base)
+    assert "models.neuromamba-small (family neuromamba) reads codes, and codes.weights is" in said
+    own = "codes.tokenizer=slices"
+    assert "multiple of 3" in problem(base, own, "volumes.shape=[96, 90, 96]")
+    assert "multiple of 3" in problem(base, own, "volumes.shape=[80, 80, 80]", "tokens.patch=4")
+    load_config([base], [own])
+
+
+@pytest.mark.usefixtures("reads_codes")
+def test_codes_of_tokenizers_of_several_datasets_are_not_mixed(base: Path):
+    mixture = ["datasets=[ukb, abcd]", "pretrain.mixture=all", "codes.tokenizer=slices"]
+    said = problem(base, *mixture, "mixtures.all={ukb: 1, abcd: 1}")
+    assert "each dataset has a tokenizer of its own" in said
+    load_config([base], [*mixture, "mixtures.all={ukb: 1}"])
+    dcae = ["codes.tokenizer=dc-ae", "codes.weights=/data/dc-ae"]
+    load_config([base], [*mixture, *dcae, "mixtures.all={ukb: 1, abcd: 1}"])
+
+
+def test_codes_are_made_only_where_a_model_reads_them(base: Path, monkeypatch: pytest.MonkeyPatch):
+    made = {"codes", "tokenizer"}
+    config = load_config([base], ["codes.tokenizer=slices"])
+    assert not made & {job.stage for job in all_jobs(config)}
+    monkeypatch.setattr(NeuroMamba, "needs", ("codes",))
+    stages = [job.stage for job in all_jobs(config)]
+    order = ("volumes", "splits", "tokenizer", "codes", "pretrain")
+    assert [stages.index(one) for one in order] == sorted(stages.index(one) for one in order)
+    published = load_config([base], ["codes.weights=/data/dc-ae"])
+    assert made & {job.stage for job in all_jobs(published)} == {"codes"}
+
+
+@pytest.mark.usefixtures("reads_codes")
+def test_folds_have_codes_of_their_own_only_where_the_tokenizer_is_trained(base: Path):
+    folds = ["splits.protocol=k-fold", "splits.folds=2"]
+    own = load_config([base], ["codes.tokenizer=slices", *folds])
+    published = load_config([base], ["codes.weights=/data/dc-ae", *folds])
+
+    def files(config: Config, fold: str) -> list[str]:
+        job = Job("pretrain", "fmriprep", model="neuromamba-small", fold=fold)
+        before = [one for one in jobs_before(config, job) if one.stage == "codes"]
+        return [str(output_of(config, one)) for one in before]
+
+    assert files(own, "fold-1") == ["results/fmriprep/codes/fold-1/batch-0.tsv"]
+    assert files(published, "fold-1") == ["results/fmriprep/codes/batch-0.tsv"]
+    layout = Layout.of(own.in_fold("fold-1"), "fmriprep")
+    assert str(layout.array("codes", "r")) == "results/fmriprep/codes/fold-1/r.zarr"
+    assert str(layout.array("volumes", "r")) == "results/fmriprep/volumes/r.zarr"

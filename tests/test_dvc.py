@@ -180,11 +180,14 @@ def test_dvc_watches_the_code_and_nothing_else_of_each_stage(root: Path):
     earlier: set[str] = set()
     for stage in STAGES:
         if stage in listed:
-            parts = {"index": ["preprocess", "index"], "evaluate": ["evaluate", "scores"]}.get(
-                stage, [stage]
-            )
-            model = name if stage in ("pretrain", "finetune", "evaluate") else ""
-            jobs = [Job(part, "demo", model=model) for part in parts]
+            parts = {
+                "index": ["preprocess", "index"],
+                # Made where the model reads them, like T1w images.
+                "pretrain": ["tokenizer", "codes", "pretrain"],
+                "evaluate": ["evaluate", "scores"],
+            }.get(stage, [stage])
+            models = ("pretrain", "finetune", "evaluate", "scores")
+            jobs = [Job(part, "demo", model=name if part in models else "") for part in parts]
             code = {
                 re.sub(r"/models/\w+\.py", "/models", file)
                 for job in jobs

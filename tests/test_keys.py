@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from neuromamba import key_inputs, keys, source_code
-from neuromamba.config import Config, build_config
+from neuromamba.config import Config, NeuroMamba, build_config
 from neuromamba.files import write_text
 from neuromamba.keys import FOLLOWS, NOT_MADE, Keys
 from neuromamba.layout import Layout
@@ -508,3 +508,77 @@ def test_a_stages_code_is_what_it_imports_and_nothing_that_only_carries_results(
     assert "neuromamba/report.html.j2" in source_code.code_of("report")
     neutral = [name for name in source_code.NEUTRAL if name not in ("config", "models")]
     assert all((source_code.PACKAGE / f"{name}.py").exists() for name in neutral)
+
+
+# --- Codes ----------------------------------------------------------------------------------------
+
+CODES = {"codes", *TRAININGS}
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder of weights, for a model that reads codes."""
+    monkeypatch.setattr(NeuroMamba, "needs", ("codes",))
+    write_text(tmp_path / "weights" / "config.json", "{}")
+    write_text(tmp_path / "weights" / "diffusion_pytorch_model.safetensors", "a")
+    return tmp_path / "weights"
+
+
+def all_made(settings: dict[str, Any], codes: dict[str, Any]) -> Config:
+    settings["codes"] = codes
+    config = config_of(settings)
+    for job in all_jobs(config):
+        make(config, job)
+    assert stale(config) == set()
+    return config
+
+
+def test_codes_of_published_weights_follow_their_content_and_settings(
+    scans: pd.DataFrame, settings: dict[str, Any], weights: Path
+):
+    config = all_made(settings, {"weights": str(weights)})
+    assert stale(config_of(settings, "codes.normalization=voxel")) == CODES
+    assert stale(config_of(settings, "codes.precision=float32")) == CODES
+    assert stale(config_of(settings, "codes.batch_slices=5")) == set()
+    assert stale(config_of(settings, "codes.slices.width=5")) == set()
+    # Another split trains anew, and has the same codes.
+    assert stale(config_of(settings, "splits.seed=3")) == {"splits", "baselines", *TRAININGS}
+    moved = weights.rename(weights.with_name("moved"))
+    assert stale(config) == set()  # not at hand, so taken to be as they were
+    assert stale(config_of(settings, f"codes.weights={moved}")) == set()
+    write_text(moved / "README.md", "a model card")
+    assert stale(config_of(settings, f"codes.weights={moved}")) == set()
+    write_text(moved / "diffusion_pytorch_model.safetensors", "b")
+    assert stale(config_of(settings, f"codes.weights={moved}")) == CODES
+
+
+@pytest.mark.usefixtures("weights")
+def test_codes_of_our_own_tokenizer_follow_its_training(
+    scans: pd.DataFrame, settings: dict[str, Any]
+):
+    config = all_made(settings, {"tokenizer": "slices"})
+    assert stale(config_of(settings, "codes.slices.steps=5")) == {"tokenizer", *CODES}
+    assert stale(config_of(settings, "codes.normalization=voxel")) == {"tokenizer", *CODES}
+    assert stale(config_of(settings, "codes.precision=float32")) == CODES
+    made = {"splits", "baselines", "tokenizer", *CODES}
+    assert stale(config_of(settings, "splits.seed=3")) == made
+    scans.loc[3, "fingerprint"] = "g"
+    assert stale(config) >= {"tokenizer", *CODES}
+
+
+@pytest.mark.usefixtures("weights")
+def test_a_fold_that_changes_makes_its_own_tokenizer_and_codes_stale(
+    scans: pd.DataFrame, settings: dict[str, Any]
+):
+    settings["splits"] = FOLDS
+    config = all_made(settings, {"tokenizer": "slices"})
+    path = Layout.of(config.in_fold("fold-1"), "d").split
+    write_text(path, path.read_text().replace("sub-05\ttrain", "sub-05\tvalidation"))
+    found = Keys(config)
+    old = [job for job in all_jobs(config) if found.is_stale(job)]
+    assert {job.fold for job in old if job.stage in ("tokenizer", "codes")} == {"fold-1"}
+    assert {job.batch for job in old if job.stage == "codes"} == {0, 1}
+    fewer = config_of(settings, "compute.batches=1")
+    forget_batches(fewer, "d")
+    lists = sorted(Path(config.results).glob("d/codes/*/batch-*.tsv"))
+    assert [path.name for path in lists] == ["batch-0.tsv"] * 3

@@ -178,6 +178,33 @@ def test_a_model_of_images_and_networks_is_told_with_its_losses_and_weights(tmp_
     assert "began with published weights (2 tensors fitted)" in contrast
 
 
+@pytest.mark.parametrize(
+    ("kind", "own", "told"),
+    [
+        ("dc-ae", {}, "50% of the tokens of a volume, the same at all times, each minus its mean"),
+        ("slices", {"mask": "time", "position": "none"}, "50% of the volumes each minus its mean"),
+    ],
+)
+def test_a_model_of_codes_is_told_with_its_tokenizer(
+    tmp_path: Path, kind: str, own: dict[str, str], told: str
+) -> None:
+    codes = {"n_tokens": 27, "code_width": 3072, "voxel_size": 2.0, "normalization": "maximum"}
+    codes["tokenizer"] = {"kind": kind, "sha256": "a", "channels": 32}
+    model = TypeAdapter(Model).validate_python({"family": "tablet", **own})
+    one = training()
+    given = {"model": model.model_dump(mode="json"), "codes": codes}
+    info = one.info | {"settings": one.info["settings"] | given}
+    facts = Facts(data=[], trainings=[replace(one, info=info)])
+    found = describe_methods(make_config(tmp_path), facts)
+    cited = set(cited_keys(found.markdown))
+    assert {"kim2026tablet", "ainslie2023gqa"} <= cited
+    assert ("chen2025dcae" in cited) == (kind == "dc-ae")
+    assert ("su2024roformer" in cited) == (not own)
+    assert told in found.markdown
+    assert "27 a volume of 3072 values each" in found.markdown
+    assert "absolute error, windows of 256 volumes" in found.markdown
+
+
 def test_statistics_follow_from_the_predictions(tmp_path: Path) -> None:
     config = make_config(tmp_path, splits={"protocol": "k-fold", "folds": 3, "repeats": 2})
     plain = describe_methods(make_config(tmp_path), Facts(data=[], evaluations=[of_subjects()]))

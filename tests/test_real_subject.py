@@ -18,7 +18,7 @@ from neuromamba.files import read_json
 from neuromamba.layout import Layout
 from neuromamba.models import Cinp
 from neuromamba.preprocess import run_preprocess
-from neuromamba.pretrain import make_network, make_settings, regions_of
+from neuromamba.pretrain import make_network, make_settings, sources_of
 from neuromamba.rois import run_rois
 from neuromamba.volumes import run_volumes
 
@@ -72,10 +72,9 @@ def test_it_goes_on_to_a_step_of_a_model_of_both(config: Config) -> None:
         stage(config, "real", 0)
     layout, section = Layout.of(config, "real"), config.models["m"]
     (run,) = (path.stem for path in layout.array("rois", "x").parent.glob("*.zarr"))
-    regions = regions_of(layout, section, [run])
-    assert regions is not None
-    assert regions["n_rois"] == 116
-    settings = make_settings(config, "m", section.pretrain, 0, regions)
+    sources = sources_of(layout, section, [run])
+    assert sources["regions"]["n_rois"] == 116
+    settings = make_settings(config, "m", section.pretrain, 0, sources)
     network = make_network(config, "m", 0, settings)
     assert isinstance(network, Cinp)
     windows = Windows({"sub-02": [run]}, make_readers(network, layout, section, config.tokens))

@@ -2,11 +2,13 @@
 
 from neuromamba.config.data import (
     Ants,
+    Codes,
     Denoise,
     Fmriprep,
     Preprocess,
     Qc,
     Rois,
+    Slices,
     Splits,
     Template,
     Tokens,
@@ -32,6 +34,7 @@ from neuromamba.config.models import (
     NeuroMamba,
     RoiModel,
     RoiTransformer,
+    Tablet,
 )
 from neuromamba.config.schema import Compute, Config, Evaluate, Explain, Scaling
 from neuromamba.config.training import Adapters, Finetune, Forecast, Optimiser, Pretrain
@@ -42,6 +45,7 @@ __all__ = [
     "Ants",
     "Cinp",
     "Classification",
+    "Codes",
     "Compute",
     "Config",
     "Dataset",
@@ -67,8 +71,10 @@ __all__ = [
     "Rois",
     "Scaling",
     "Series",
+    "Slices",
     "Splits",
     "State",
+    "Tablet",
     "Target",
     "Template",
     "Tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from neuromamba.config.data import Qc, Rois, Volumes
+from neuromamba.config.data import Codes, Qc, Rois, Volumes
 from neuromamba.config.dataset import Dataset
 from neuromamba.config.models import Cinp, Model, RoiModel
 
@@ -80,6 +80,42 @@ def refuse_states(datasets: Mapping[str, Dataset], models: Sequence[tuple[str, M
                     "which is told of volumes as they were scanned: set repetition_time to null, "
                     "or remove the target"
                 )
+
+
+def refuse_wrong_codes(
+    codes: Codes,
+    volumes: Volumes,
+    mixtures: Mapping[str, Mapping[str, float]],
+    models: Sequence[tuple[str, Model]],
+) -> None:
+    """Refuse settings of `codes` that cannot serve a model which reads codes.
+
+    Raises
+    ------
+    ValueError
+        Naming the model, what is wrong, and what to do.
+    """
+    for place, model in models:
+        if "codes" not in model.arrays:
+            continue
+        if codes.tokenizer == "dc-ae" and codes.weights is None:
+            raise ValueError(
+                f"{place} (family {model.family}) reads codes, and codes.weights is null: name a "
+                "folder with the weights of a DC-AE or a name on the hub, or set codes.tokenizer "
+                "to slices, which is trained here"
+            )
+        if len(set(volumes.shape)) > 1 or volumes.shape[0] % 3:
+            raise ValueError(
+                f"{place} (family {model.family}) reads codes, which are made of cubes whose edge "
+                f"is a multiple of 3, and volumes.shape is {volumes.shape}"
+            )
+        members = mixtures.get(model.pretrain.mixture or "", {})
+        if codes.trained and len(members) > 1:
+            raise ValueError(
+                f"{place}.pretrain.mixture is {model.pretrain.mixture!r}, and with codes.tokenizer "
+                "slices each dataset has a tokenizer of its own, whose codes mean something else: "
+                "take dc-ae, or leave the mixture out"
+            )
 
 
 def _of_images(qc: Qc, volumes: Volumes, rois: Rois) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -19,6 +20,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
 """A name that becomes a folder: letters, digits, dots and hyphens."""
 Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]+$")]
 """A path that becomes part of the jobs' commands, so without spaces and variables."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Section(BaseModel):
@@ -157,6 +160,63 @@ class Tokens(Section):
     patch: PositiveInt = 6
     time_patch: PositiveInt = 2
     brain_fraction: Fraction = 0.0
+
+
+class Slices(Section):
+    """Our own autoencoder of slices, and its training on the training subjects.
+
+    `channels` are those of a code at each of 3 x 3 places, `width` those of the first layer, and
+    `depth` the residual blocks at each resolution. `batch_size` is in slices.
+    """
+
+    channels: PositiveInt = 32
+    width: PositiveInt = 32
+    depth: Annotated[int, Field(ge=0)] = 1
+    steps: PositiveInt = 3000
+    batch_size: Annotated[int, Field(gt=0, multiple_of=8)] = 64
+    learning_rate: PositiveFloat = 1e-3
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Codes(Section):
+    """What turns volumes into 27 tokens of slice codes: whose autoencoder, and what it is shown.
+
+    `weights` of `dc-ae` are a folder in diffusers' layout, or `owner/name` on the Hugging Face hub
+    with the commit as `revision`. `batch_slices` is how many slices are encoded at a time.
+    """
+
+    tokenizer: Literal["dc-ae", "slices"] = "dc-ae"
+    weights: str | None = None
+    revision: str | None = None
+    normalization: Literal["maximum", "voxel"] = "maximum"
+    batch_slices: PositiveInt = 96
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    slices: Slices = Slices()
+
+    @property
+    def trained(self) -> bool:
+        """Whether the tokenizer is trained here, on the training subjects of a split."""
+        return self.tokenizer == "slices"
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether `weights` is a name on the hub; a folder of that form is `./owner/name`."""
+        return bool(self.weights and _HUB_NAME.fullmatch(self.weights))
+
+    @model_validator(mode="after")
+    def _weights_cannot_change(self) -> Codes:
+        if self.on_hub and not _COMMIT.fullmatch(self.revision or ""):
+            raise ValueError(
+                f"weights ({self.weights!r}) is a name on the hub, where weights can change: set "
+                "`revision` to the commit, of 40 hexadecimal digits, that its page shows under "
+                f"`Files`; if it is a folder, write ./{self.weights}"
+            )
+        if self.revision is not None and not self.on_hub:
+            raise ValueError(
+                f"revision ({self.revision!r}) is a commit on the hub, and weights "
+                f"({self.weights!r}) is no name on it; leave revision out"
+            )
+        return self
 
 
 class Rois(Section):

@@ -132,8 +132,8 @@ class Dataset(Section):
 
     @property
     def readable(self) -> tuple[str, ...]:
-        """The arrays that a model can read: those, and the T1w image of each subject."""
-        return self.arrays if self.series is not None else (*self.arrays, "anat")
+        """The arrays that a model can read: those, each subject's T1w image, each run's codes."""
+        return self.arrays if self.series is not None else (*self.arrays, "anat", "codes")
 
     @property
     def subject_targets(self) -> dict[str, Classification | Regression]:

@@ -239,4 +239,51 @@ class Cinp(Family):
         return self
 
 
-Model = Annotated[NeuroMamba | Lmae | RoiTransformer | Cinp, Field(discriminator="family")]
+class Tablet(Family):
+    """A Transformer over the codes of volumes, pretrained by masked token modelling.
+
+    `heads` share `groups` sets of keys and values; `hidden` is the inner width of a block's
+    perceptron. A token is told by where it stands in the sequence (`position: rope`), or by its
+    place in the volume and its volume (`grid`). `readout`
+    is what an embedding is: the final state of CLS, or the mean of those of the tokens. In
+    pretraining `mask_share` of the tokens are hidden: the same at all times (`tube`), all at some
+    times (`time`), or any (`random`). `target` is what is asked for of them: the codes of a token
+    in units of itself (`normed`), as they are (`raw`), or their changes in time (`changes`).
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+    # A gradient would tell of values of an autoencoder, each of which is of a third of the brain
+    # along every axis, and not of places.
+    explains: ClassVar[bool] = False
+
+    family: Literal["tablet"]
+    volumes: PositiveInt = 256
+    width: PositiveInt = 896
+    depth: PositiveInt = 12
+    heads: PositiveInt = 14
+    groups: PositiveInt = 2
+    hidden: PositiveInt = 4864
+    position: Literal["rope", "grid", "none"] = "rope"
+    readout: Literal["cls", "mean"] = "cls"
+    mask: Literal["tube", "random", "time"] = "tube"
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    target: Literal["normed", "raw", "changes"] = "normed"
+    objective: Literal["mae", "mse"] = "mae"
+    checkpoint_blocks: bool = False
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> Tablet:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width ({self.width}) must be a multiple of 2 * heads ({2 * self.heads}): each "
+                "head has an even number of channels, which positions turn in pairs"
+            )
+        if self.heads % self.groups:
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of groups ({self.groups}), which share "
+                "keys and values"
+            )
+        return self
+
+
+Model = Annotated[NeuroMamba | Lmae | RoiTransformer | Cinp | Tablet, Field(discriminator="family")]

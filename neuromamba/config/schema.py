@@ -16,8 +16,10 @@ from neuromamba.config.checks import (
     refuse_what_needs_images,
     refuse_wrong_ablations,
     refuse_wrong_bases,
+    refuse_wrong_codes,
 )
 from neuromamba.config.data import (
+    Codes,
     Folder,
     Fraction,
     Name,
@@ -38,6 +40,7 @@ from neuromamba.config.models import Lmae as Lmae
 from neuromamba.config.models import Model as Model
 from neuromamba.config.models import NeuroMamba as NeuroMamba
 from neuromamba.config.models import RoiTransformer as RoiTransformer
+from neuromamba.config.models import Tablet as Tablet
 from neuromamba.config.training import Forecast as Forecast
 from neuromamba.config.training import Pretrain as Pretrain
 from neuromamba.files import InputError
@@ -107,6 +110,7 @@ class Config(Section):
     preprocess: Preprocess = Preprocess()
     volumes: Volumes = Volumes()
     tokens: Tokens = Tokens()
+    codes: Codes = Codes()
     rois: Rois = Rois()
     qc: Qc = Qc()
     splits: Splits = Splits()
@@ -213,6 +217,7 @@ class Config(Section):
         sections = (self.qc, self.volumes, self.rois)
         refuse_what_needs_images(self.datasets, self._every_model(), *sections)
         refuse_states(self.datasets, self._every_model())
+        refuse_wrong_codes(self.codes, self.volumes, self.mixtures, self._every_model())
         return self
 
     @model_validator(mode="after")

@@ -31,6 +31,9 @@ and, if it likes,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from neuromamba.config import Cinp as CinpSettings
@@ -38,17 +41,23 @@ from neuromamba.config import Compute, Model
 from neuromamba.config import Lmae as LmaeSettings
 from neuromamba.config import NeuroMamba as NeuroMambaSettings
 from neuromamba.config import RoiTransformer as RoiTransformerSettings
+from neuromamba.config import Tablet as TabletSettings
 from neuromamba.models.cinp import Cinp
 from neuromamba.models.lmae import Lmae
 from neuromamba.models.neuromamba import NeuroMamba
 from neuromamba.models.roi_transformer import RoiTransformer
 from neuromamba.models.skill import skills
+from neuromamba.models.tablet import Tablet
 
-__all__ = ["Cinp", "Lmae", "NeuroMamba", "RoiTransformer", "build_model", "skills"]
+__all__ = ["Cinp", "Lmae", "NeuroMamba", "RoiTransformer", "Tablet", "build_model", "skills"]
 
 
 def build_model(
-    model: Model, patch_values: int, compute: Compute | None = None, n_rois: int = 0
+    model: Model,
+    patch_values: int,
+    compute: Compute | None = None,
+    n_rois: int = 0,
+    codes: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a model with fresh weights, drawn from torch's global generator: seed it before.
 
@@ -62,6 +71,8 @@ def build_model(
         Which kernels to use; no result depends on it but by rounding.
     n_rois : int
         Regions of the atlas, for families that read ROI series or their connectivity.
+    codes : mapping, optional
+        What the codes are, with `n_tokens` and `code_width`, for families that read those.
 
     Returns
     -------
@@ -77,3 +88,7 @@ def build_model(
             return RoiTransformer(model, n_rois, compute or Compute())
         case CinpSettings():
             return Cinp(model, n_rois)
+        case TabletSettings():
+            if codes is None:
+                raise ValueError(f"a model of family {model.family} is built for known codes")
+            return Tablet(model, codes, compute or Compute())

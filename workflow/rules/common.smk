@@ -75,6 +75,8 @@ RULES = {
     "rois": "rois_batch",
     "anat": "anat_batch",
     "qc": "qc_batch",
+    "tokenizer": "train_tokenizer",
+    "codes": "codes_batch",
     "excluded": "list_excluded",
     "overview": "overview_dataset",
     "splits": "split_dataset",

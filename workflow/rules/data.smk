@@ -115,3 +115,25 @@ rule anat_batch:
         run=RUN,
     shell:
         "neuromamba anat {params.run} --batch {wildcards.batch} 2>&1 | tee {log}"
+
+
+rule codes_batch:
+    """Encode the slices of the runs of one batch by a frozen autoencoder, as 27 tokens a volume."""
+    input:
+        needs("codes"),
+    output:
+        f"{ROOT}/codes{{fold}}/batch-{{batch}}.tsv",
+    log:
+        f"logs/{ROOT}/codes{{fold}}/batch-{{batch}}.log",
+    benchmark:
+        f"logs/{ROOT}/codes{{fold}}/batch-{{batch}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
+    threads: 8
+    resources:
+        gpu=1 if CONFIG.compute.device != "cpu" else 0,
+    params:
+        run=RUN,
+        fold=option_of_fold,
+    shell:
+        "neuromamba codes {params.run} --batch {wildcards.batch} {params.fold} 2>&1 | tee {log}"

@@ -47,3 +47,26 @@ rule finetune_model:
         f"exec neuromamba finetune {{params.run}} --target {{wildcards.target}} {{params.fold}}"
         " --on-change restart"
         f"{LOGGED}"
+
+
+rule train_tokenizer:
+    """Train an autoencoder of slices on the training subjects, for the codes of volumes."""
+    input:
+        needs("tokenizer"),
+    output:
+        f"{ROOT}/tokenizer{{fold}}/model.json",
+    log:
+        f"logs/{ROOT}/tokenizer{{fold}}.log",
+    benchmark:
+        f"logs/{ROOT}/tokenizer{{fold}}.benchmark.tsv"
+    conda:
+        "../../envs/neuromamba.yaml"
+    threads: 8
+    resources:
+        gpu=1 if CONFIG.compute.device != "cpu" else 0,
+    params:
+        run=RUN,
+        fold=option_of_fold,
+    shell:
+        f"exec neuromamba tokenizer {{params.run}} {{params.fold}} --on-change restart"
+        f"{LOGGED}"
