@@ -6,8 +6,8 @@ Design choices, all ours
   3 x 3 places, as DC-AE makes of 96 x 96.
 - A code is the sum of a linear one and of what a convolutional network adds, which is nothing at
   first. The linear one begins as the lowest frequencies of the cosine transform of each of the
-  3 x 3 blocks, larger ones the higher the frequency, so that channels are of like size. So training
-  starts from a code that serves, and a short one does not end with a worse code.
+  3 x 3 blocks, scaled up with the frequency, so that channels are of like size. Training starts
+  from a code that serves.
 - Between the network's factors are residual blocks whose last layer starts at zero. Resolution goes
   down by laying the pixels of a block side by side and mixing them linearly, which loses nothing by
   itself, and up by the reverse.
