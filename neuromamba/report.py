@@ -39,6 +39,7 @@ from neuromamba.report_studies import (
 )
 from neuromamba.report_training import (
     describe_models,
+    describe_tokenizer,
     describe_trainings,
     draw_curves,
     group_folds,
@@ -143,6 +144,7 @@ def _describe_dataset(config: Config, found: Found) -> dict[str, Any]:
         "brain": describe_brain(config, found.data),
         "pretraining": describe_trainings(found.pretrained),
         "curves": draw_curves(found.pretrained),
+        "tokenizer": describe_tokenizer(config, name),
         "targets": [
             describe_target(config, found.data, target, evaluations, means[target])
             for target, evaluations in found.evaluations.items()

@@ -6,11 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from neuromamba import figures
 from neuromamba.collect import Evaluation, Training
 from neuromamba.config import Config
+from neuromamba.layout import Layout
+from neuromamba.tables import read_table
 from neuromamba.verdicts import number
+
+CODES = {
+    "slices": "the tokenizer",
+    "pca": "principal components",
+    "dct": "cosine transform",
+}
+"""Codes of slices in words."""
 
 
 def label_of(item: Training | Evaluation) -> str:
@@ -74,6 +84,26 @@ def draw_curves(trainings: Sequence[Training]) -> dict[str, str | None]:
     groups = group_folds(trainings)
     tables = {label: [training.metrics for training in group] for label, group in groups.items()}
     return {"loss": figures.loss_curves(tables), "skill": figures.skill_curves(tables)}
+
+
+def describe_tokenizer(config: Config, dataset: str) -> list[dict[str, str]]:
+    """A row for each code of slices that was measured, means over folds; none where none was."""
+    if not config.codes.trained:
+        return []
+    folders = [Layout.of(config.in_fold(name), dataset).tokenizer for name in config.splits.names]
+    tables = [read_table(one / "quality.tsv") for one in folders if (one / "model.json").exists()]
+    if not tables:
+        return []
+    means = pd.concat(tables).groupby("code", sort=False).mean()
+    return [
+        {
+            "code": CODES.get(str(code), str(code)),
+            "values": number(int(row["values"])),
+            "explained": f"{row['explained']:.3f}",
+            "explained_changes": f"{row['explained_changes']:.3f}",
+        }
+        for code, row in means.iterrows()
+    ]
 
 
 def describe_models(config: Config, trainings: Sequence[Training]) -> list[dict[str, Any]]:

@@ -4,19 +4,24 @@ Design choices, all ours
 ------------------------
 - It downsamples by edge / 3, one prime factor after another, so that a slice of any edge becomes
   3 x 3 places, as DC-AE makes of 96 x 96.
-- Between the factors are residual blocks whose last layer starts at zero. What is left then is a
-  linear code of patches, from which training starts.
-- Resolution goes down by laying the pixels of a block side by side and mixing them linearly, which
-  loses nothing by itself, and up by the reverse.
+- A code is the sum of a linear one and of what a convolutional network adds, which is nothing at
+  first. The linear one begins as the lowest frequencies of the cosine transform of each of the
+  3 x 3 blocks, scaled up with the frequency, so that channels are of like size. Training starts
+  from a code that serves.
+- Between the network's factors are residual blocks whose last layer starts at zero. Resolution goes
+  down by laying the pixels of a block side by side and mixing them linearly, which loses nothing by
+  itself, and up by the reverse.
 - There are no norms: levels are what a code has to keep, and slices have one range.
 - The loss is the mean squared error over all pixels, in units where the range is 2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +41,28 @@ def prime_factors(number: int) -> list[int]:
             number //= factor
         factor += 1
     return found
+
+
+def lowest_frequencies(edge: int, count: int) -> Tensor:
+    """The orthonormal cosine basis of edge x edge pixels, lowest frequencies first.
+
+    Returns
+    -------
+    Tensor
+        (count, edge, edge) float32; zero where there are fewer than `count`.
+    """
+    pixel = torch.arange(edge, dtype=torch.float64)
+    rows = torch.cos(math.pi * pixel[:, None] * (pixel + 0.5) / edge)
+    rows /= rows.norm(dim=1, keepdim=True)
+    order = radii(edge).flatten().argsort(stable=True)[:count]
+    basis = torch.einsum("ir,jc->ijrc", rows, rows).reshape(-1, edge, edge)[order]
+    return torch.cat([basis, basis.new_zeros(count - len(basis), edge, edge)]).float()
+
+
+def radii(edge: int) -> Tensor:
+    """(edge, edge) distance of each pair of frequencies from the lowest one, float64."""
+    number = torch.arange(edge, dtype=torch.float64)
+    return torch.hypot(number[:, None], number)
 
 
 class Residual(nn.Module):
@@ -81,17 +108,41 @@ class SliceAutoencoder(nn.Module):
             up = [*below, *spread, *up]
         self.encoder = nn.Sequential(*down, nn.Conv2d(sizes[-1], settings.channels, 1))
         self.decoder = nn.Sequential(nn.Conv2d(settings.channels, sizes[-1], 1), *up)
+        block = edge // PLACES
+        self.linear = nn.Conv2d(1, settings.channels, block, stride=block)
+        self.inverse = nn.ConvTranspose2d(settings.channels, 1, block, stride=block)
+        self._start(settings.channels, block)
+
+    @torch.no_grad()
+    def _start(self, channels: int, block: int) -> None:
+        """Begin as a cosine transform of blocks, to which the network adds nothing."""
+        basis = lowest_frequencies(block, channels)[:, None]
+        sizes = radii(block).flatten().sort().values[:channels].float()
+        scale = torch.ones(channels)
+        scale[: len(sizes)] = (1 + sizes) / block
+        self.linear.weight.copy_(basis * scale[:, None, None, None])
+        self.inverse.weight.copy_(basis / scale[:, None, None, None])
+        last = [layer for layer in self.decoder if isinstance(layer, nn.Conv2d)][-1]
+        for layer in (self.linear, self.inverse, self.encoder[-1], last):
+            nn.init.zeros_(cast(Tensor, layer.bias))
+        for layer in (self.encoder[-1], last):
+            nn.init.zeros_(cast(Tensor, layer.weight))
 
     def encode(self, slices_bhw: Tensor) -> Tensor:
         """(B, edge, edge) in [-1, 1] -> codes (B, channels, 3, 3)."""
-        return self.encoder(slices_bhw[:, None])
+        images = slices_bhw[:, None]
+        return self.linear(images) + self.encoder(images)
 
     def decode(self, codes_bchw: Tensor) -> Tensor:
         """(B, channels, 3, 3) -> (B, edge, edge)."""
-        return self.decoder(codes_bchw)[:, 0]
+        return (self.inverse(codes_bchw) + self.decoder(codes_bchw))[:, 0]
+
+    def forward(self, slices_bhw: Tensor) -> Tensor:
+        """(B, edge, edge) -> what its code keeps of it, (B, edge, edge)."""
+        return self.decode(self.encode(slices_bhw))
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The mean squared error of `slices` (B, edge, edge), as `loss`."""
         slices_bhw = batch["slices"]
-        again_bhw = self.decode(self.encode(slices_bhw))
+        again_bhw = self(slices_bhw)
         return {"loss": F.mse_loss(again_bhw.float(), slices_bhw)}

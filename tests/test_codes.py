@@ -299,7 +299,7 @@ def test_a_gpu_gives_the_codes_of_the_cpu(config: Config) -> None:
     source = Layout.of(config, "toy").array("volumes", RUNS[0])
     images = RunVolumes(source, "maximum").normalized(0, 2).reshape(-1, EDGE, EDGE)
     compute = config.compute.model_copy(update={"device": "cuda"})
-    for precision, tolerance in (("float32", 1e-3), ("auto", 0.1)):
+    for precision, tolerance in (("float32", 5e-3), ("auto", 0.1)):
         settings = config.codes.model_copy(update={"precision": precision})
         update = {"compute": compute, "codes": settings}
         found = open_encoder(config.model_copy(update=update), "toy").encode(images)

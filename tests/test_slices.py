@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 import xarray
 import zarr
@@ -16,7 +17,7 @@ from slice_data import EDGE, brain, write_run
 
 from neuromamba.config import Slices
 from neuromamba.files import InputError
-from neuromamba.slice_autoencoder import SliceAutoencoder, prime_factors
+from neuromamba.slice_autoencoder import SliceAutoencoder, lowest_frequencies, prime_factors
 from neuromamba.slice_quality import cosine_transform, measure_codes, principal_components
 from neuromamba.slices import CLIP, RunVolumes, cut, encode_volumes, join
 
@@ -146,7 +147,25 @@ def test_our_autoencoder_makes_3_x_3_places_of_any_edge(edge: int) -> None:
     codes = network.encode(images)
     assert codes.shape == (2, 5, 3, 3)
     assert network.decode(codes).shape == images.shape
-    assert network.loss({"slices": images})["loss"].item() > 0
+    assert network.loss({"slices": images})["loss"].isfinite()
+
+
+def test_our_autoencoder_starts_as_a_cosine_transform_of_blocks() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(2, EDGE, EDGE) * 2 - 1
+    # With as many channels as pixels in a block nothing is lost, and with one its mean is kept.
+    for channels in (GROUP**2, GROUP**2 + 3):
+        network = SliceAutoencoder(Slices(channels=channels, width=4), EDGE)
+        torch.testing.assert_close(network(images), images, atol=1e-5, rtol=0)
+    means = images.reshape(2, 3, GROUP, 3, GROUP).mean((2, 4))
+    network = SliceAutoencoder(Slices(channels=1, width=4), EDGE)
+    torch.testing.assert_close(network.encode(images)[:, 0], means)
+    blocks = means.repeat_interleave(GROUP, 1).repeat_interleave(GROUP, 2)
+    torch.testing.assert_close(network(images), blocks)
+    codes = scipy.fft.dctn(images[0, :GROUP, :GROUP].double().numpy(), norm="ortho")
+    basis = lowest_frequencies(GROUP, 4).double().numpy()
+    found = np.einsum("krc,rc->k", basis, images[0, :GROUP, :GROUP].double().numpy())
+    np.testing.assert_allclose(found, [codes[0, 0], codes[0, 1], codes[1, 0], codes[1, 1]], 1e-5)
 
 
 def test_an_edge_that_3_does_not_divide_is_refused() -> None:

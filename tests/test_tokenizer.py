@@ -16,9 +16,10 @@ from slice_data import EDGE, SIZES, SLICES, write_run
 from neuromamba import slice_windows
 from neuromamba.codes import run_codes
 from neuromamba.config import Config
-from neuromamba.files import InputError, digest_file, read_json
+from neuromamba.files import InputError, digest_file, read_json, write_text
 from neuromamba.layout import Layout
 from neuromamba.record import ChangedError
+from neuromamba.report_training import describe_tokenizer
 from neuromamba.slice_windows import SliceWindows
 from neuromamba.slices import RunVolumes
 from neuromamba.tables import read_table, write_table
@@ -117,6 +118,26 @@ def test_what_it_trained_is_what_encodes_and_is_told(folder: Path) -> None:
     assert table["code"].tolist() == ["slices", "pca", "dct"]
     assert (table["values"] == 36).all()
     assert table[["mse", "explained", "explained_changes"]].notna().all(axis=None)
+
+
+def test_the_report_tells_what_the_codes_keep_as_means_over_folds(folder: Path) -> None:
+    folds = config_of(folder, FOLDS)
+    assert describe_tokenizer(folds, "toy") == []
+    for name, explained in zip(folds.splits.names, (0.5, 0.7), strict=True):
+        place = Layout.of(folds.in_fold(name), "toy").tokenizer
+        write_text(place / "model.json", "{}")
+        rows = [("slices", 0.1, explained, 0.25, 36), ("pca", 0.1, 1 - explained, 0.5, 36)]
+        columns = ["code", "mse", "explained", "explained_changes", "values"]
+        write_table(place / "quality.tsv", pd.DataFrame(rows, columns=columns))
+    first, second = describe_tokenizer(folds, "toy")
+    assert first == {
+        "code": "the tokenizer",
+        "values": "36",
+        "explained": "0.600",
+        "explained_changes": "0.250",
+    }
+    assert second["explained"] == "0.400"
+    assert describe_tokenizer(make_config(folder), "toy") == []
 
 
 def test_a_seed_gives_the_same_bits_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
