@@ -105,6 +105,13 @@ def test_on_a_grid_places_and_volumes_are_told() -> None:
     torch.testing.assert_close(again, tablet(position="grid").embed(batch), rtol=1e-4, atol=1e-5)
 
 
+def test_an_embedding_is_cls_or_the_mean_of_the_tokens() -> None:
+    batch = make_batch()
+    states = tablet()._encode(tablet()._project(batch["codes"]))
+    torch.testing.assert_close(tablet().embed(batch), states[:, 0])
+    torch.testing.assert_close(tablet(readout="mean").embed(batch), states[:, 1:].mean(1))
+
+
 def test_recomputed_blocks_change_nothing() -> None:
     batch = make_batch()
     gradients = []
