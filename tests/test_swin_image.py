@@ -18,26 +18,31 @@ from neuromamba.models.swin_image import ImageDecoder, SwinImage
 WIDTH = 8
 
 
-def encoder(seed: int = 0) -> SwinImage:
+def encoder(seed: int = 0, patch: int = 2) -> SwinImage:
     torch.manual_seed(seed)
-    return SwinImage(12, WIDTH)
+    return SwinImage(12, WIDTH, patch=patch)
 
 
 @pytest.mark.parametrize(
-    ("shape", "places"), [((32, 32, 32), (1, 1, 1)), ((40, 32, 64), (2, 1, 2))]
+    ("patch", "shape", "places"),
+    [
+        (2, (32, 32, 32), (1, 1, 1)),
+        (2, (40, 33, 64), (2, 2, 2)),
+        (4, (64, 40, 66), (1, 1, 2)),
+    ],
 )
-def test_images_of_any_size_are_embedded_and_rebuilt(shape, places) -> None:
-    model, images = encoder(), torch.rand(1, *shape)
+def test_images_of_any_size_are_embedded_and_rebuilt(patch, shape, places) -> None:
+    model, images = encoder(patch=patch), torch.rand(1, *shape)
     features = model.features(images)
     assert features.shape == (1, 192, *places)
     assert torch.equal(model(images), model.embed(features))
     assert model(images).shape == (1, WIDTH)
-    assert ImageDecoder(192)(features, shape).shape == (1, *shape)
+    assert ImageDecoder(192, patch)(features, shape).shape == (1, *shape)
 
 
 def test_padding_is_zeros_at_the_end() -> None:
-    model, image = encoder(), torch.rand(1, 20, 32, 32)
-    padded = torch.cat([image, torch.zeros(1, 12, 32, 32)], 1)
+    model, image = encoder(patch=4), torch.rand(1, 26, 32, 32)
+    padded = torch.cat([image, torch.zeros(1, 2, 32, 32)], 1)
     assert torch.equal(model(image), model(padded))
 
 

@@ -194,13 +194,14 @@ class Cinp(Family):
     """Contrastive image-network pretraining: T1w images and functional connectivity, by subject.
 
     `width` is that of the embeddings, `feature_size` the channels of the image encoder's first
-    stage, `window` how many places of an edge its attention spans, and `image_weights` a file of
-    weights that it starts from. `network_*`, `clusters`, `reduced` and `learn_centers` shape the
-    network encoder. `mim` and `inm` weigh masked image modelling and the matching of pairs against
-    the contrast (0 leaves them out); masks are cubes of `mask_patch` voxels on `mask_share` of an
-    image. `temperature` is where the learnable one starts. At most `chunk` samples are encoded at a
-    time, however large the batch is that is contrasted. There are no windows, so `volumes` is 0: it
-    reads the connectivity of whole runs.
+    stage, `patch` how many voxels of an edge become one of its places, `window` how many places of
+    an edge its attention spans, and `image_weights` a file of weights that it starts from.
+    `network_*`, `clusters`, `reduced` and `learn_centers` shape the network encoder. `mim` and
+    `inm` weigh masked image modelling and the matching of pairs against the contrast (0 leaves them
+    out); masks are cubes of `mask_patch` voxels on `mask_share` of an image. `temperature` is where
+    the learnable one starts. At most `chunk` samples are encoded at a time, however large the batch
+    is that is contrasted. There are no windows, so `volumes` is 0: it reads the connectivity of
+    whole runs.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("fc", "anat")
@@ -212,6 +213,7 @@ class Cinp(Family):
     volumes: Literal[0] = 0
     width: PositiveInt = 768
     feature_size: Annotated[int, Field(gt=0, multiple_of=12)] = 48
+    patch: PositiveInt = 2
     window: PositiveInt = 7
     image_weights: str | None = None
     network_depth: PositiveInt = 2

@@ -54,7 +54,7 @@ from neuromamba.models.contrastive import (
     normalise,
     processes,
 )
-from neuromamba.models.image_changes import ImageChanges, hide_cubes
+from neuromamba.models.image_changes import change_images, hide_cubes
 from neuromamba.models.swin_image import ImageDecoder, SwinImage
 
 Batch = dict[str, Tensor]
@@ -81,7 +81,7 @@ class Supervision(nn.Module):
         self.standardise = nn.ModuleList(Standardise(s.width) for _ in range(2))
         # A part of no weight is left out, because every parameter has to take part in the loss.
         self.matcher = Matcher(s.width) if s.inm else None
-        self.decoder = ImageDecoder(channels) if s.mim else None
+        self.decoder = ImageDecoder(channels, s.patch) if s.mim else None
 
 
 class Cinp(nn.Module):
@@ -119,9 +119,9 @@ class Cinp(nn.Module):
     def __init__(self, settings: Settings, n_rois: int) -> None:
         super().__init__()
         self.settings, self.n_rois, self.width = settings, n_rois, settings.width
-        self.image = SwinImage(settings.feature_size, settings.width, settings.window)
+        s = settings
+        self.image = SwinImage(s.feature_size, s.width, s.window, s.patch)
         self.head = Supervision(settings, n_rois, self.image.channels)
-        self._change: ImageChanges | None = None
 
     @property
     def image_encoder(self) -> nn.Module:
@@ -259,9 +259,7 @@ class Cinp(nn.Module):
         return self.head.network(batch["fc"], batch["present"])
 
     def _changed(self, images: Tensor, seeds: list[int]) -> Tensor:
-        if self._change is None:
-            self._change = ImageChanges(self.settings.changes)
-        return self._change(images, seeds)
+        return change_images(images, self.settings.changes, seeds)
 
 
 def _shared_number(together: bool) -> int:

@@ -2,11 +2,13 @@
 
 Source: Tang et al. 2022, "Self-Supervised Pre-Training of Swin Transformers for 3D Medical Image
 Analysis", arXiv 2111.14791; the encoder itself is MONAI's, so that weights which MONAI publishes
-fit. Images of which an edge is no multiple of 32 are padded with zeros at its end. Ours:
+fit. Images of which an edge is no multiple of the patch are padded with zeros at its end, as are
+the places of a stage that are to be merged by two. Ours:
 
 - The embedding is a linear map of the mean over the last stage's places.
 - The decoder that rebuilds masked voxels from the last stage alone is five transposed convolutions,
   each with half the channels: all that it knows has to go through what the embedding is made of.
+  What lies beyond the image is cut off after each.
 
 Dimensions in names: B samples, Z, Y, X voxels, C channels, z, y, x places of the last stage.
 """
@@ -16,9 +18,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-STEP = 32
-"""Voxels of an edge that become one place of the last stage."""
-DEPTHS, HEADS, PATCH = (2, 2, 2, 2), (3, 6, 12, 24), 2
+DEPTHS, HEADS = (2, 2, 2, 2), (3, 6, 12, 24)
 
 
 class SwinImage(nn.Module):
@@ -32,19 +32,22 @@ class SwinImage(nn.Module):
         Of the embedding.
     window : int
         Places of an edge of the windows within which attention is; published weights are for 7.
+    patch : int
+        Voxels of an edge that become one place of the first stage; published weights are for 2. Of
+        the last stage there are 16 times as many to a place.
     """
 
-    def __init__(self, feature_size: int, width: int, window: int = 7) -> None:
+    def __init__(self, feature_size: int, width: int, window: int = 7, patch: int = 2) -> None:
         super().__init__()
         # Loading it takes seconds, which only those who build such a model are to wait for.
         from monai.networks.nets.swin_unetr import SwinTransformer
 
-        self.channels = 16 * feature_size
+        self.channels, self.patch = 16 * feature_size, patch
         self.swin = SwinTransformer(
             in_chans=1,
             embed_dim=feature_size,
             window_size=(window,) * 3,
-            patch_size=(PATCH,) * 3,
+            patch_size=(patch,) * 3,
             depths=DEPTHS,
             num_heads=HEADS,
         )
@@ -56,7 +59,7 @@ class SwinImage(nn.Module):
 
     def features(self, image_BZYX: Tensor) -> Tensor:
         """The last stage, (B, C, z, y, x), normalised over its channels."""
-        rest = [-edge % STEP for edge in image_BZYX.shape[1:]]
+        rest = [-edge % self.patch for edge in image_BZYX.shape[1:]]
         padding = [size for after in reversed(rest) for size in (0, after)]
         return self.swin(functional.pad(image_BZYX, padding)[:, None])[-1]
 
@@ -72,10 +75,13 @@ class ImageDecoder(nn.Module):
     ----------
     channels : int
         Of the last stage; a multiple of 16.
+    patch : int
+        That of the encoder.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, patch: int = 2) -> None:
         super().__init__()
+        self.patch = patch
         layers: list[nn.Module] = []
         for _ in range(4):
             layers += [
@@ -84,9 +90,17 @@ class ImageDecoder(nn.Module):
                 nn.LeakyReLU(),
             ]
             channels //= 2
-        self.layers = nn.Sequential(*layers, nn.ConvTranspose3d(channels, 1, 2, stride=2))
+        self.layers = nn.Sequential(*layers, nn.ConvTranspose3d(channels, 1, patch, stride=patch))
 
     def forward(self, features_BCzyx: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Images (B, Z, Y, X) of that shape."""
-        depth, height, width = shape
-        return self.layers(features_BCzyx)[:, 0, :depth, :height, :width]
+        voxels = 16 * self.patch  # of an edge of a place
+        images = features_BCzyx
+        for layer in self.layers:
+            images = layer(images)
+            if isinstance(layer, nn.ConvTranspose3d):
+                # Beyond the image there is nothing to rebuild; a norm takes two places at least.
+                voxels //= layer.stride[0]
+                z, y, x = (max(2, -(-edge // voxels)) for edge in shape)
+                images = images[:, :, :z, :y, :x]
+        return images[:, 0]
