@@ -32,6 +32,7 @@ class Repository:
         programs = str(Path(sys.executable).parent)
         environment = {
             **os.environ,
+            "PYTHONDONTWRITEBYTECODE": "",  # as for most people: bytecode is no change of the code
             "PATH": os.pathsep.join([programs, os.environ["PATH"]]),
             "PYTHONPATH": str(self.folder),
             "OMP_NUM_THREADS": "1",
