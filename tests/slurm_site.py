@@ -114,7 +114,7 @@ class Site:
             run = subprocess.Popen(command, cwd=self.root, env=environment, stdout=out, stderr=out)
         try:
             yield run
-            assert run.wait(timeout=240) == status, log.read_text()[-8000:]
+            assert run.wait(timeout=600) == status, log.read_text()[-8000:]
         finally:
             if run.poll() is None:
                 run.kill()
