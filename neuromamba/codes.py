@@ -35,7 +35,7 @@ from neuromamba.slice_encoders import SliceEncoder, open_encoder
 from neuromamba.slices import N_TOKENS, Floats, RunVolumes, encode_volumes
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
-from neuromamba.store import CHUNK_KEYS, FLOAT16_MAX, finish, finished, new_store
+from neuromamba.store import FLOAT16_MAX, create_values, finish, finished, new_store
 
 AT_A_TIME = 8
 """Volumes that are read, normalised and cut together: some 100 MB at 96 voxels an edge."""
@@ -138,18 +138,8 @@ def _write(
     shape = (volumes.n_volumes, N_TOKENS, width)
     with new_store(target, key) as temporary:
         group = zarr.create_group(temporary, zarr_format=3)
-        group.create_array(
-            "values",
-            shape=shape,
-            chunks=(1, *shape[1:]),
-            shards=(shard_volumes, *shape[1:]),
-            dtype="float16",
-            compressors=None,
-            fill_value=np.nan,
-            chunk_key_encoding=CHUNK_KEYS,
-            dimension_names=["time", "token", "value"],
-            attributes={"long_name": "codes of slices along x, y and z"},
-        )
+        about = {"long_name": "codes of slices along x, y and z"}
+        create_values(group, shape, shard_volumes, ("time", "token", "value"), about)
         with ShardWriter(temporary / "values") as writer:
             for row in _rows(volumes, encoder):
                 writer.append(row)

@@ -149,6 +149,16 @@ def n_rois_of(settings: Mapping[str, Any]) -> int:
     return int(settings.get("regions", {}).get("n_rois", 0))
 
 
+def _one_store_each(
+    layout: Layout, model: Model, array: str, runs: Iterable[str]
+) -> dict[str, Path]:
+    """A store of an array of each dataset that the runs are of; none where the model reads none."""
+    if array not in model.arrays:
+        return {}
+    one_of = {run.rpartition("/")[0]: run for run in runs}
+    return {name: layout.array(array, run) for name, run in one_of.items()}
+
+
 def regions_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, Any] | None:
     """Which regions a model reads, as series or connectivity, by a run of each dataset; JSON-able.
 
@@ -159,14 +169,13 @@ def regions_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, A
     InputError
         When the datasets of a mixture have series of different regions.
     """
-    one_of = {run.rpartition("/")[0]: run for run in runs}
-    if "rois" not in model.arrays or not one_of:
-        return None
     found = {}
-    for name, run in one_of.items():
-        known = read_regions(layout.array("rois", run))
+    for name, store in _one_store_each(layout, model, "rois", runs).items():
+        known = read_regions(store)
         count = int(known["n_rois"]) + int(known["n_missing"])
         found[name] = (known["atlas"], known["atlas_sha256"], count)
+    if not found:
+        return None
     first, *others = found
     for other in others:
         if found[other][1:] != found[first][1:]:
@@ -187,11 +196,10 @@ def codes_of(layout: Layout, model: Model, runs: Iterable[str]) -> dict[str, Any
     InputError
         When the datasets of a mixture have codes of different tokenizers.
     """
-    one_of = {run.rpartition("/")[0]: run for run in runs}
-    if "codes" not in model.arrays or not one_of:
-        return None
-    stores = {name: layout.array("codes", run) for name, run in one_of.items()}
+    stores = _one_store_each(layout, model, "codes", runs)
     found = {name: code_facts(read_codes(store)) for name, store in stores.items()}
+    if not found:
+        return None
     first, *others = found
     for other in others:
         if found[other] != found[first]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 from scipy.fft import dctn, idctn
+from sklearn.decomposition import PCA
 
 from neuromamba.slices import Floats
 
@@ -71,18 +72,12 @@ def principal_components(slices: Floats, size: int) -> Code:
 
     Of n slices there are at most n - 1.
     """
-    flat = slices.reshape(len(slices), -1).astype(np.float64)
-    mean = flat.mean(axis=0)
-    centred = flat - mean
-    # The smaller of the two matrices with the same eigenvalues.
-    values, vectors = np.linalg.eigh(centred @ centred.T)
-    kept = np.argsort(values)[::-1][: min(size, len(slices) - 1)]
-    kept = kept[values[kept] > values.max() * np.finfo(np.float32).eps]
-    basis = (centred.T @ vectors[:, kept]) / np.sqrt(values[kept])
+    model = PCA(min(size, len(slices) - 1), svd_solver="full")
+    model.fit(slices.reshape(len(slices), -1).astype(np.float64))
 
     def code(images: Floats) -> Floats:
-        scores = _stored((images.reshape(len(images), -1) - mean) @ basis)
-        return (scores @ basis.T + mean).reshape(images.shape).astype(np.float32)
+        scores = _stored(model.transform(images.reshape(len(images), -1)))
+        return model.inverse_transform(scores).reshape(images.shape).astype(np.float32)
 
     return code
 

@@ -52,6 +52,31 @@ class Code:
         return {"scale_factor": self.scale, "add_offset": self.offset}
 
 
+def create_values(
+    group: zarr.Group,
+    shape: tuple[int, ...],
+    shard: int,
+    names: tuple[str, ...],
+    attributes: dict[str, Any],
+) -> None:
+    """Create `values` for `shards.ShardWriter`: float16, uncompressed, NaN where nothing is.
+
+    A chunk is one place of the first axis, a file `shard` of them; `names` are those of the axes.
+    """
+    group.create_array(
+        "values",
+        shape=shape,
+        chunks=(1, *shape[1:]),
+        shards=(shard, *shape[1:]),
+        dtype="float16",
+        compressors=None,
+        fill_value=np.nan,
+        chunk_key_encoding=CHUNK_KEYS,
+        dimension_names=names,
+        attributes=attributes,
+    )
+
+
 def finished(store: Path, key: str) -> dict[str, Any] | None:
     """Attributes of a store that was made from the same inputs and settings, if there is one."""
     if not store.exists():

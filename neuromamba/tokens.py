@@ -32,9 +32,9 @@ from neuromamba.shards import ShardWriter
 from neuromamba.source_code import code_of
 from neuromamba.stage import process_runs, usable_runs
 from neuromamba.store import (
-    CHUNK_KEYS,
     READ_VOLUMES,
     add_array,
+    create_values,
     finish,
     finished,
     get_array,
@@ -186,34 +186,19 @@ def _pack(
     shape = (n_time_patches, n_tokens, tokens.time_patch * tokens.patch**3)
     with new_store(target, key) as temporary:
         group = zarr.create_group(temporary, zarr_format=3)
-        _create_values(group, shape, shard_volumes // tokens.time_patch, bold)
+        about = {
+            "long_name": "BOLD signal, NaN outside the brain mask",
+            "scale_factor": bold.attrs["scale_factor"],
+            "add_offset": bold.attrs["add_offset"],
+        }
+        names = ("time_patch", "token", "value")
+        create_values(group, shape, shard_volumes // tokens.time_patch, names, about)
         with ShardWriter(temporary / "values") as writer:
             for row in _rows(bold, patches, mask, tokens.time_patch):
                 writer.append(row)
         _add_index(group, volumes, patches)
         finish(group, attributes)
     return attributes
-
-
-def _create_values(
-    group: zarr.Group, shape: tuple[int, int, int], shard: int, bold: zarr.Array[Any]
-) -> None:
-    group.create_array(
-        "values",
-        shape=shape,
-        chunks=(1, *shape[1:]),
-        shards=(shard, *shape[1:]),
-        dtype="float16",
-        compressors=None,
-        fill_value=np.nan,
-        chunk_key_encoding=CHUNK_KEYS,
-        dimension_names=["time_patch", "token", "value"],
-        attributes={
-            "long_name": "BOLD signal, NaN outside the brain mask",
-            "scale_factor": bold.attrs["scale_factor"],
-            "add_offset": bold.attrs["add_offset"],
-        },
-    )
 
 
 def _rows(

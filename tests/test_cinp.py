@@ -15,9 +15,10 @@ from small_cinp import ROIS, SMALL, WIDTH, cinp, make_batch, rows
 from torch import Tensor
 
 from neuromamba.config import Cinp as Settings
-from neuromamba.config import ImageChanges, Pretrain
+from neuromamba.config import ImageChanges as ChangeSettings
+from neuromamba.config import Pretrain
 from neuromamba.distributed import World
-from neuromamba.models.image_changes import change_images, hide_cubes
+from neuromamba.models.image_changes import ImageChanges, hide_cubes
 
 SCALARS = {"loss", "inc", "top1_image", "top1_network", "temperature", "mim", "inm", "matched"}
 
@@ -136,30 +137,34 @@ def test_training_is_the_same_for_a_seed_and_evaluation_changes_no_image() -> No
 
 def test_images_are_changed_in_the_brain_alone_and_each_by_its_own_number() -> None:
     images = make_batch()["anat"]
-    settings = ImageChanges(flip=0.0, share=1.0)
-    changed = change_images(images, settings, [1, 2, 3, 4])
+    change = ImageChanges(ChangeSettings(flip=0.0, share=1.0))
+    changed = change(images, [1, 2, 3, 4])
     assert torch.equal(changed[:, :6], images[:, :6])
     assert not torch.allclose(changed, images, atol=0.01)
-    assert torch.equal(change_images(images[2:], settings, [3, 4]), changed[2:])
-    flipped = change_images(images, ImageChanges(flip=1.0, share=0.0), [1, 2, 3, 4])
+    assert torch.equal(change(images[2:], [3, 4]), changed[2:])
+    flipped = ImageChanges(ChangeSettings(flip=1.0, share=0.0))(images, [1, 2, 3, 4])
+    assert type(flipped) is Tensor
     assert torch.equal(flipped, images.flip(-1))
 
 
 def test_changes_are_as_strong_as_the_settings_say() -> None:
     images, seeds = make_batch(8)["anat"] + 0.5, list(range(8))
     still = {"flip": 0.0, "share": 1.0, "scale": 0.0, "shift": 0.0, "noise": 0.0}
-    assert torch.equal(change_images(images, ImageChanges(**still), seeds), images)
-    factors = change_images(images, ImageChanges(**still | {"scale": 0.2}), seeds) / images
-    shifts = change_images(images, ImageChanges(**still | {"shift": 0.2}), seeds) - images
+
+    def change(**changed: float) -> Tensor:
+        return ImageChanges(ChangeSettings(**still | changed))(images, seeds)
+
+    assert torch.equal(change(), images)
+    factors = change(scale=0.2) / images
+    shifts = change(shift=0.2) - images
     for found in (factors.flatten(1) - 1, shifts.flatten(1)):
         assert float(found.std(1).max()) < 1e-6
         assert float(found.mean(1).std()) > 0.05
         assert float(found.abs().max()) < 0.2
-    noise = change_images(images, ImageChanges(**still | {"noise": 0.2}), seeds) - images
+    noise = change(noise=0.2) - images
     spread = noise.flatten(1).std(1)
     assert 0 < float(spread.min()) < float(spread.max()) < 0.21
-    rare = ImageChanges(**still | {"share": 0.5, "shift": 0.2})
-    same = (change_images(images, rare, seeds) == images).flatten(1).all(1)
+    same = (change(share=0.5, shift=0.2) == images).flatten(1).all(1)
     assert 0 < int(same.sum()) < len(images)
 
 
@@ -192,7 +197,7 @@ def test_batches_that_are_contrasted_are_not_accumulated() -> None:
 
 
 def test_learning_pairs_makes_them_find_each_other() -> None:
-    plain = ImageChanges(share=0.0, flip=0.0)
+    plain = ChangeSettings(share=0.0, flip=0.0)
     model, batch = cinp(mim=0.0, inm=0.0, changes=plain).train(), make_batch()
     # Of each person, another quarter of the brain is bright.
     for number, image in enumerate(batch["anat"]):

@@ -54,7 +54,7 @@ from neuromamba.models.contrastive import (
     normalise,
     processes,
 )
-from neuromamba.models.image_changes import change_images, hide_cubes
+from neuromamba.models.image_changes import ImageChanges, hide_cubes
 from neuromamba.models.swin_image import ImageDecoder, SwinImage
 
 Batch = dict[str, Tensor]
@@ -122,6 +122,7 @@ class Cinp(nn.Module):
         s = settings
         self.image = SwinImage(s.feature_size, s.width, s.window, s.patch)
         self.head = Supervision(settings, n_rois, self.image.channels)
+        self._change: ImageChanges | None = None
 
     @property
     def image_encoder(self) -> nn.Module:
@@ -259,7 +260,9 @@ class Cinp(nn.Module):
         return self.head.network(batch["fc"], batch["present"])
 
     def _changed(self, images: Tensor, seeds: list[int]) -> Tensor:
-        return change_images(images, self.settings.changes, seeds)
+        if self._change is None:
+            self._change = ImageChanges(self.settings.changes)
+        return self._change(images, seeds)
 
 
 def _shared_number(together: bool) -> int:

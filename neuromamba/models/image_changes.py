@@ -3,9 +3,9 @@
 Everything random about a sample comes from a number of its own, so that it is the same whatever
 other samples, chunks or processes there are.
 
-How often and how strongly is ours, since the paper (see `cinp`) names Gaussian noise, flips, and
-intensity scale and shift without numbers: noise, scale and shift each for half of the images; flips
-from left to right only, because no scan shows a brain upside down.
+The transforms are MONAI's. How often and how strongly is ours, since the paper (see `cinp`) names
+Gaussian noise, flips, and intensity scale and shift without numbers: noise, scale and shift each
+for half of the images; flips from left to right only, because no scan shows a brain upside down.
 """
 
 from __future__ import annotations
@@ -15,33 +15,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neuromamba.config import ImageChanges
+from neuromamba.config import ImageChanges as Settings
 
-LEFT_RIGHT = -1
+LEFT_RIGHT = 2
 """The axis of x in images (Z, Y, X)."""
 
 
-@torch.no_grad()
-def change_images(images_BZYX: Tensor, settings: ImageChanges, seeds: Sequence[int]) -> Tensor:
-    """Randomly changed images in [0, 1], which keep 0 where there is no brain.
+class ImageChanges:
+    """Random changes of images (B, Z, Y, X) in [0, 1], which keep 0 where there is no brain.
 
-    Each is changed by the number of its own, from 0 to 2**32 - 1.
+    Parameters
+    ----------
+    settings : neuromamba.config.ImageChanges
     """
-    s = settings
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn_B7 = torch.stack([torch.rand(7, generator=one) for one in generators])
-    noise_BZYX = torch.stack(
-        [torch.randn(images_BZYX.shape[1:], generator=one) for one in generators]
-    )
-    # Whether each change happens, and how strong it is.
-    happens_B4 = drawn_B7[:, :4] < torch.tensor([s.flip, s.share, s.share, s.share])
-    strong_B3 = drawn_B7[:, 4:] * torch.tensor([2 * s.scale, 2 * s.shift, s.noise])
-    strong_B3 = (strong_B3 - torch.tensor([s.scale, s.shift, 0.0])) * happens_B4[:, 1:]
-    scale, shift, noise = strong_B3.to(images_BZYX)[..., None, None, None].unbind(1)
-    flipped = happens_B4[:, 0].to(images_BZYX.device)[:, None, None, None]
-    images_BZYX = torch.where(flipped, images_BZYX.flip(LEFT_RIGHT), images_BZYX)
-    changed = images_BZYX * (1 + scale) + shift + noise * noise_BZYX.to(images_BZYX)
-    return changed * (images_BZYX != 0)
+
+    def __init__(self, settings: Settings) -> None:
+        # Loading it takes seconds, which only those who train such a model are to wait for.
+        from monai.transforms.compose import Compose
+        from monai.transforms.intensity.array import (
+            RandGaussianNoise,
+            RandScaleIntensity,
+            RandShiftIntensity,
+        )
+        from monai.transforms.spatial.array import RandFlip
+
+        s = settings
+        self._flip = RandFlip(prob=s.flip, spatial_axis=LEFT_RIGHT)
+        self._intensity = Compose(
+            [
+                RandScaleIntensity(factors=s.scale, prob=s.share),
+                RandShiftIntensity(offsets=s.shift, prob=s.share),
+                RandGaussianNoise(prob=s.share, std=s.noise),
+            ]
+        )
+
+    @torch.no_grad()
+    def __call__(self, images_BZYX: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Changed images; each by the number of its own, from 0 to 2**32 - 1."""
+        changed = []
+        for image_ZYX, seed in zip(images_BZYX, seeds, strict=True):
+            self._flip.set_random_state(seed)
+            self._intensity.set_random_state(seed)
+            flipped = self._flip(image_ZYX[None])
+            values = self._intensity(flipped) * (flipped != 0)
+            # MONAI gives float32, in a tensor that remembers what was done to it.
+            changed.append(values[0].as_subclass(Tensor).to(images_BZYX.dtype))
+        return torch.stack(changed)
 
 
 def hide_cubes(
