@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xarray
+import zarr
 
 from neuromamba.files import InputError, read_json
 
@@ -60,8 +60,9 @@ def read_series(store: Path) -> Floats:
         When it cannot be read.
     """
     try:
-        with xarray.open_zarr(store, chunks=None) as rois:
-            return rois["timeseries"].values.astype(np.float64)
+        # xarray would look at all that is in the store, which takes more than twice as long.
+        array = zarr.open_array(store / "timeseries", mode="r")
+        return np.asarray(array[:], dtype=np.float64)
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise InputError(f"{store}: not a readable ROI store ({error}); run rois") from None
 

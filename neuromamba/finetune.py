@@ -12,7 +12,10 @@ Design choices
   probabilities (of a probe, of the logits), or of the values. The windows of one run are predicted
   together and apart from all others, so a prediction is the same to the bit whoever else is
   predicted.
-- The step to keep is chosen by the loss on the validation subjects alone.
+- A head starts at zero, or (`head_start: probe`) as the linear probe of the model that is to be
+  trained, so that training changes features for a head that can read them (Kumar et al. 2022, arXiv
+  2202.10054, section 3.4). Training begins at step 0 with the predictions of the probe.
+- The step to keep, which may be step 0, is chosen by the loss on the validation subjects alone.
 - The last step is the calibration for new scans (see `calibrate`), without which there is no model.
 - A state is told of a part of a run, so samples (`neuromamba.states`) take the place of subjects:
   they take turns in training, and are predicted by their windows. What is predicted of a whole scan
@@ -34,6 +37,7 @@ from neuromamba.batches import Batch, Windows, group_runs, list_runs, make_reade
 from neuromamba.calibrate import only_uncalibrated, run_calibration
 from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Config, Finetune, State
+from neuromamba.distributed import join, telling_lost_processes
 from neuromamba.events import state_of, subject_of
 from neuromamba.files import InputError, digest_json
 from neuromamba.heads import HeadedModel, make_unscaled
@@ -48,7 +52,7 @@ from neuromamba.pretrain import (
     open_windows,
     sources_of,
 )
-from neuromamba.probe import probe_and_save
+from neuromamba.probe import fit_probe, probe_and_save
 from neuromamba.record import OnChange, ancestry, differences
 from neuromamba.runtime import choose_device
 from neuromamba.scalars import to_device
@@ -95,7 +99,7 @@ def run_finetune(
         refuse_other_settings(pretrain, earlier, record["settings"])
         record["inputs"]["pretrained"] = earlier["files"]
     record["settings"]["target"] = target_settings(config.datasets[dataset], target)
-    if settings.mode == "probe":
+    if settings.fits_head:
         record["settings"]["inner_folds"] = config.evaluate.inner_folds
     record["inputs"]["labels"] = digest_json(used)
     if states is not None:
@@ -138,7 +142,13 @@ def train_by_gradient(
 
     Adapters are no longer in `network` after that.
     """
-    standardize(network, windows["train"], settings)
+    if settings.head_start == "probe":
+        folds, seed, world = config.evaluate.inner_folds, record["seed"], join()
+        with telling_lost_processes(world):
+            layer, _ = fit_probe(network, settings, windows["train"], labels, folds, seed, world)
+        facts = {**facts, "head_start": layer.chosen}
+    else:
+        standardize(network, windows["train"], settings)
     if settings.mode == "adapters":
         # They are merged into the weights that are saved, which are no more than before.
         facts = {**facts, "parameters": sum(one.numel() for one in network.parameters())}

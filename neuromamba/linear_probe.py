@@ -46,6 +46,11 @@ class Linear:
     folds: int
     score: float | None
 
+    @property
+    def chosen(self) -> dict[str, float | int | None]:
+        """How the penalty was chosen, for a record of it."""
+        return {"inverse_penalty": self.penalty, "folds": self.folds, "score": self.score}
+
 
 def fit_classes(
     x: Floats,

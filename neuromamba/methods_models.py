@@ -227,7 +227,9 @@ def _finetuned(name: str, own: Sequence[Training]) -> list[str]:
             mode = settings.get("mode", "full")
             fresh = ", from random weights" if settings.get("start") == "fresh" else ""
             how = "" if mode == "probe" or not settings else _optimised(settings, training.info)
-            ways.setdefault((mode, fresh + (f" ({how})" if how else "")), []).append(training)
+            begun = ", its head starting as a linear probe" if "head_start" in training.info else ""
+            way = (mode, fresh + begun + (f" ({how})" if how else ""))
+            ways.setdefault(way, []).append(training)
     sentences = []
     for (mode, how), group in ways.items():
         targets = ", ".join(dict.fromkeys(training.stage for training in group))

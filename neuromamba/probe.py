@@ -111,47 +111,84 @@ def train_probe(
     """
     started = time.perf_counter()
     network.eval()
-    found = {part: embed_subjects(network, of, settings, world) for part, of in windows.items()}
-    if not all(torch.isfinite(values).all() for values in found.values()):
-        world.fail(
-            "the pretrained model gives no finite embedding of some subjects; its training may "
-            "have diverged: look at its metrics.jsonl, and train with a lower learning_rate"
-        )
-    truth = {part: [labels[name] for name in of.subjects] for part, of in windows.items()}
-    if isinstance(network.task, ClassHead) and len(set(truth["train"])) < 2:
-        world.fail(
-            "all training subjects with a usable run are of one class; model.json of the "
-            "pretraining and excluded.tsv tell which runs are left out, and why"
-        )
-    network.standardize_by(found["train"])
+    # Before there is anything to standardise them by.
+    others = embed_subjects(network, windows["validation"], settings, world)
+    layer, features = fit_probe(network, settings, windows["train"], labels, folds, seed, world)
     if not world.leads:
         return Fitted({}, 0, {}, {}, {}), {}
-    features = {part: network.standardized(values) for part, values in found.items()}
-    people = [subject_of(name) for name in windows["train"].subjects]
-    layer = fit_layer(network, features["train"], truth["train"], folds, seed, people)
-    rows = {part: _score(network, features[part], truth[part]) for part in windows}
+    found = {"train": features, "validation": network.standardized(others)}
+    truth = {part: [labels[name] for name in of.subjects] for part, of in windows.items()}
+    rows = {part: _score(network, found[part], truth[part]) for part in windows}
     seconds = {"seconds": time.perf_counter() - started}
     with telling_full_disk(owned.path), closing(Journal(owned, writes=True)) as journal:
         journal.put_back([])
         journal.add("train", 0, rows["train"] | seconds)
         journal.add("validation", 0, rows["validation"])
     weights = {name: value.cpu().clone() for name, value in network.state_dict().items()}
-    chosen = {"inverse_penalty": layer.penalty, "folds": layer.folds, "score": layer.score}
-    return Fitted(weights, 0, rows["validation"], {}, {}), {"step": 0, "probe": chosen}
+    return Fitted(weights, 0, rows["validation"], {}, {}), {"step": 0, "probe": layer.chosen}
+
+
+def fit_probe(
+    network: HeadedModel,
+    settings: Finetune,
+    train: Windows,
+    labels: Mapping[str, int | float],
+    folds: int,
+    seed: int,
+    world: World,
+) -> tuple[Linear, torch.Tensor]:
+    """Fit the head of `network` to the training subjects, in place and alike in all processes.
+
+    The network must not have been standardised yet.
+
+    Returns
+    -------
+    Linear
+    Tensor
+        (subject, width) float32, the standardised features of the training subjects.
+
+    Raises
+    ------
+    InputError
+        When an embedding is not finite, or the training subjects are all of one class.
+    """
+    network.eval()
+    embeddings = embed_subjects(network, train, settings, world)
+    truth = [labels[name] for name in train.subjects]
+    if isinstance(network.task, ClassHead) and len(set(truth)) < 2:
+        world.fail(
+            "all training subjects with a usable run are of one class; model.json of the "
+            "pretraining and excluded.tsv tell which runs are left out, and why"
+        )
+    network.standardize_by(embeddings)
+    features = network.standardized(embeddings)
+    people = [subject_of(name) for name in train.subjects]
+    return fit_layer(network, features, truth, folds, seed, people), features
 
 
 def embed_subjects(
     network: HeadedModel, windows: Windows, settings: Finetune, world: World
 ) -> torch.Tensor:
-    """What the model gives of each subject, before it is standardised: (subject, width) float64."""
+    """What a model that is not standardised yet gives of each subject: (subject, width) float64.
+
+    Raises
+    ------
+    InputError
+        When that is not finite.
+    """
     subjects = windows.subjects
     rows = torch.zeros(len(subjects), len(network.center), dtype=torch.float64)
     mine = range(world.rank, len(subjects), world.size)
     for k in tqdm(mine, "embed", unit="subject", mininterval=1.0, disable=not world.leads):
         runs = observe_subject(network, windows, subjects[k], settings)
         rows[k] = torch.from_numpy(merge_runs(runs)[1])
-    # The rows of the other processes are 0 here.
-    return world.sum(rows)
+    rows = world.sum(rows)  # those of the other processes are 0 here
+    if not torch.isfinite(rows).all():
+        world.fail(
+            "the pretrained model gives no finite embedding of some subjects; its training may "
+            "have diverged: look at its metrics.jsonl, and train with a lower learning_rate"
+        )
+    return rows
 
 
 def fit_layer(

@@ -28,7 +28,7 @@ from neuromamba.resample_time import FINEST, SAME_SECONDS, resample_time, times_
 
 Sample = dict[str, npt.NDArray[Any]]
 
-OPEN_SERIES = 256
+OPEN_SERIES = 512
 """Runs whose series are kept in memory: half a megabyte each, for 400 ROIs and 300 volumes."""
 
 

@@ -117,7 +117,7 @@ def _settings_of_training(config: Config, job: Job) -> dict[str, Any]:
         case "finetune":
             target = target_settings(config.datasets[job.dataset], job.target)
             tuned: dict[str, Any] = {"finetune": relevant_settings(model.finetune)}
-            if model.finetune.mode == "probe":
+            if model.finetune.fits_head:
                 tuned["inner_folds"] = config.evaluate.inner_folds
             return tuned | {"target": target, "seed": job.seed}
         case "forecast":

@@ -49,7 +49,8 @@ class Progress:
     step
         Steps done, faulty ones among them.
     validated, best_step, best
-        Steps of the last and of the best validation, and the scalars of the latter.
+        Steps of the last and of the best validation, and the scalars of the latter. There is none
+        of step 0, unless `validated` starts at -1.
     sums, averaged
         Sums of scalars, and over how many steps without fault, since the last row.
     seconds, meter
@@ -176,6 +177,8 @@ class State:
         if self.world.leads:
             self.owned.remove(self.folder / "snapshots")
         self.journal.put_back([])
+        if self.settings.may_keep_start:
+            self.progress.validated = -1
 
     def restore(self, on_change: OnChange, upto: int | None = None) -> bool:
         """Go back to the newest whole checkpoint (`upto` a step); false where there is none."""

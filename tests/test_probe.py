@@ -421,9 +421,7 @@ def test_other_modes_follow_a_probe_only_on_request(pretrained):
 
 
 def test_an_embedding_that_is_not_finite_is_refused(pretrained, monkeypatch):
-    monkeypatch.setattr(
-        "neuromamba.probe.embed_subjects", lambda *_: torch.full((10, 8), torch.nan)
-    )
+    monkeypatch.setattr("neuromamba.probe.merge_runs", lambda _: (None, np.full(8, np.nan)))
     with pytest.raises(InputError, match="no finite embedding"):
         probe(pretrained)
 
@@ -440,3 +438,55 @@ def test_a_process_that_is_lost_is_told(pretrained, monkeypatch):
         monkeypatch.setattr(f"neuromamba.{module}.join", lambda: Left(0, 2))
     with pytest.raises(InputError, match="process 0 of 2 has lost another one"):
         probe(pretrained)
+
+
+# --- A head that starts where a probe ends ------------------------------------------------------
+
+TRAINED = {"mode": "full", "head_start": "probe", "steps": 4, "validate_every": 2}
+
+
+def test_what_training_makes_worse_stays_the_probe(pretrained):
+    probe(pretrained)
+    before = load_file(folder_of(pretrained) / "model.safetensors")
+    probe(pretrained, "restart", **TRAINED, learning_rate=1.0)
+    info, after = (
+        load_model_info(folder_of(pretrained)),
+        load_file(folder_of(pretrained) / "model.safetensors"),
+    )
+    assert info["best"]["step"] == 0
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert loss_curve(folder_of(pretrained))["step"].tolist()[0] == 0
+
+
+@pytest.mark.parametrize("mode", ["full", "adapters", "head"])
+def test_training_goes_on_from_the_probe(pretrained, mode):
+    probe(pretrained)
+    before = load_file(folder_of(pretrained) / "model.safetensors")
+    probe(pretrained, "restart", **{**TRAINED, "mode": mode}, learning_rate=1e-6)
+    info = load_model_info(folder_of(pretrained))
+    last = load_file(folder_of(pretrained) / "last.safetensors")
+    moved = (last["head.1.weight"] - before["head.1.weight"]).abs().max()
+    assert 0 < moved < 1e-4 < before["head.1.weight"].abs().max()
+    assert info["head_start"].keys() == {"inverse_penalty", "folds", "score"}
+    assert info["settings"]["inner_folds"] == 5
+
+
+def test_a_training_from_the_probe_that_was_stopped_ends_the_same(pretrained, monkeypatch):
+    training_batch = Windows.training_batch
+    how = {**TRAINED, "steps": 8, "learning_rate": 1e-3, "checkpoint_every": 4}
+
+    def stopped(self, seed, first, size):
+        if first == 6 * size:
+            raise KeyboardInterrupt
+        return training_batch(self, seed, first, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Windows, "training_batch", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            probe(pretrained, **how)
+    probe(pretrained, **how)
+    continued = (folder_of(pretrained) / "last.safetensors").read_bytes()
+    probe(pretrained, "restart", **{**how, "batch_size": 2, "steps": 2})
+    probe(pretrained, "restart", **how)
+    assert (folder_of(pretrained) / "last.safetensors").read_bytes() == continued

@@ -33,6 +33,11 @@ class Optimiser(Section):
     max_bad_steps: PositiveInt = 10
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
 
+    @property
+    def may_keep_start(self) -> bool:
+        """Whether the weights before the first step are worth a validation."""
+        return False
+
 
 class Pretrain(Optimiser):
     """Self-supervised training on the subjects of the training part."""
@@ -60,8 +65,18 @@ class Finetune(Optimiser):
     start: Literal["pretrained", "fresh"] = "pretrained"
     mode: Literal["full", "adapters", "head", "probe"] = "full"
     adapters: Adapters = Adapters()
+    head_start: Literal["zero", "probe"] = "zero"
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     evaluation_windows: PositiveInt = 8
+
+    @property
+    def fits_head(self) -> bool:
+        """Whether a linear probe is fitted: to end there, or to begin there."""
+        return "probe" in (self.mode, self.head_start)
+
+    @property
+    def may_keep_start(self) -> bool:
+        return self.head_start == "probe"
 
 
 class Forecast(Section):
