@@ -186,8 +186,8 @@ def _add_explain(stage: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(stage: argparse.ArgumentParser) -> None:
-    every = ["volumes", "tokens", "rois"]
-    text = "whose arrays (default: all that the dataset has)"
+    every = ["volumes", "tokens", "rois", "anat", "codes"]
+    text = "whose arrays (default: all that there are)"
     stage.add_argument("--stage", nargs="+", choices=every, dest="of_stages", help=text)
     stage.add_argument("--jobs", type=int, default=1, metavar="N", help="threads (default: 1)")
     text = "check also the files that the arrays were made from"

@@ -37,7 +37,9 @@ SOURCES = {
     "rois": {"bold": "source_sha256"},
 }
 """By what is made of a run first: columns of the index, and the attributes with their digests."""
-AGAIN = "--discard forgets them; `snakemake volumes tokens rois` then makes them again"
+AGAIN = "--discard forgets them; `snakemake all` then makes them again"
+OPTIONAL = ("anat", "codes")
+"""Stages that not every model asks for: they are checked where they have been made."""
 CURES = {
     "missing": AGAIN,
     "changed": AGAIN,
@@ -83,7 +85,8 @@ def run_verify(
     config, dataset
         The run, and which of its datasets.
     stages
-        Of the dataset's `arrays`; `None`: all.
+        `None`: the dataset's `arrays`, and T1w images and codes where there are any. Codes of a
+        tokenizer that each fold has trained are checked fold by fold.
     batches
         Numbers of the batches to check; `None`: all of them, and that there are no other stores.
     jobs
@@ -111,15 +114,21 @@ def run_verify(
     """
     layout, arrays = Layout.of(config, dataset), config.datasets[dataset].arrays
     chosen = range(config.compute.batches) if batches is None else batches
-    tables = {stage: _contents(layout, stage, chosen) for stage in stages or arrays}
+    asked = [
+        (stage, place)
+        for stage in stages or (*arrays, *OPTIONAL)
+        for place in _places(config, dataset, stage)
+        if stages or stage in arrays or any(place.manifest(stage, k).exists() for k in chosen)
+    ]
+    tables = [(stage, place, _contents(place, stage, chosen)) for stage, place in asked]
     problems: list[Problem] = []
     lines: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
-        for stage, table in tables.items():
-            check = partial(_check_store, layout, stage, quick)
+        for stage, place, table in tables:
+            check = partial(_check_store, place, stage, quick)
             _work(pool, stage, check, table.to_dict("records"), quick, problems, lines)
             if batches is None:
-                problems += _surplus(layout, stage, set(table["run"]))
+                problems += _surplus(place, stage, set(table["run"]))
         if sources:
             paths = read_table(layout.index, dtype=str)[["run", "bold", "mask"]]
             table = _contents(layout, arrays[0], chosen)[["run"]].merge(paths, "left", on="run")
@@ -135,6 +144,13 @@ def run_verify(
     return "\n".join(lines)
 
 
+def _places(config: Config, dataset: str, stage: str) -> list[Layout]:
+    """Where a stage's stores are: in one place, but for codes that are each fold's own."""
+    if stage == "codes" and config.codes.trained:
+        return [Layout.of(config.in_fold(name), dataset) for name in config.splits.names]
+    return [Layout.of(config, dataset)]
+
+
 def _contents(layout: Layout, stage: str, batches: Iterable[int]) -> pd.DataFrame:
     """What the manifests of a stage list; refuse those without digests."""
     tables = []
@@ -147,7 +163,7 @@ def _contents(layout: Layout, stage: str, batches: Iterable[int]) -> pd.DataFram
         table = content_table(manifest)
         if table.isna().any(axis=None):
             raise InputError(
-                f"{manifest} lacks digests; delete it, and `snakemake {stage}` writes it again"
+                f"{manifest} lacks digests; delete it, and `snakemake all` writes it again"
             )
         tables.append(table.assign(manifest=str(manifest)))
     return pd.concat(tables, ignore_index=True)

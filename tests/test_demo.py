@@ -204,7 +204,8 @@ def test_every_subject_has_a_t1w_image_on_the_grid_of_the_bold(folder: Path) -> 
     assert (image.get_fdata()[mask.get_fdata() == 1] > 0).all()
 
 
-def test_anatomy_tells_the_share_of_connectivity_that_it_is_said_to() -> None:
+def test_anatomy_tells_the_share_of_connectivity_that_it_is_said_to(monkeypatch) -> None:
+    monkeypatch.setattr(demo_anatomy, "FIELD", 0.0)
     brain = demo_brain.load_brain(8.0)
     people = demo_signal.draw_subjects(400, 0)
     z, told, seen = [], [], []
@@ -225,3 +226,23 @@ def test_anatomy_tells_the_share_of_connectivity_that_it_is_said_to() -> None:
             demo_anatomy.SHARE, abs=0.08
         )
         assert np.corrcoef(told[:, k], seen[:, k])[0, 1] > 0.97
+
+
+def test_the_receive_field_is_large_and_smooth_and_tells_nothing_of_a_subject(monkeypatch) -> None:
+    brain = demo_brain.load_brain(8.0)
+    fields, z = [], []
+    for number, person in enumerate(demo_signal.draw_subjects(400, 0)):
+        connectivity = demo_signal.draw_connectivity(person, np.random.default_rng([7, number]))
+        images = {}
+        for field in (0.3, 0.0):
+            monkeypatch.setattr(demo_anatomy, "FIELD", field)
+            rng = np.random.default_rng([8, number])
+            images[field], _ = demo_anatomy.draw_t1w(brain, person, connectivity, rng)
+        fields.append(np.log(images[0.3] / images[0.0]))
+        z.append(demo_anatomy.deviations(connectivity))
+    fields, z = np.array(fields), np.array(z)
+    assert fields.std(axis=0).mean() == pytest.approx(0.3, rel=0.1)
+    near = np.linalg.norm(brain.mm - brain.mm[0], axis=1) < 13
+    assert np.corrcoef(fields[:, near].T)[0].min() > 0.95
+    told = np.corrcoef(fields[:, :: len(brain.mm) // 50].T, z.T)[: -z.shape[1], -z.shape[1] :]
+    assert np.abs(told).max() < 4 / np.sqrt(400)

@@ -130,6 +130,29 @@ def test_a_batch_alone_knows_nothing_of_surplus_stores(config: Config):
         run_verify(config, "toy", ["tokens"], batches=[1])
 
 
+@pytest.mark.parametrize("folds", [1, 3])
+def test_codes_and_images_are_checked_where_they_have_been_made(tmp_path: Path, folds: int):
+    split = {"splits": {"protocol": "k-fold", "folds": folds}} if folds > 1 else {}
+    own = {"tokenizer": "slices"}
+    config = make_config(tmp_path, compute={"batches": 2}, codes=own, **split)
+    for stage in BATCHED:
+        write_stage(config, stage)
+    write_stage(config, "anat")
+    assert "codes" not in run_verify(config, "toy")
+    with pytest.raises(InputError, match="does not exist; finish the stage first"):
+        run_verify(config, "toy", ["codes"])
+    places = [write_stage(config.in_fold(name), "codes") for name in config.splits.names]
+    found = run_verify(config, "toy")
+    assert found.count("codes: 6 runs, 12 files") == folds
+    assert found.count("anat: 6 runs, 12 files") == 1
+    values = places[-1].array("codes", "sub-03_task-rest") / "values/c.0.0.0"
+    values.write_text(values.read_text().replace("sub", "SUB", 1))
+    with pytest.raises(InputError, match=f"1 changed.*\n  {values.parents[1]}: sha256"):
+        run_verify(config, "toy", ["codes"], discard=True)
+    assert not places[-1].manifest("codes", 1).exists()
+    assert places[-1].manifest("codes", 0).exists()
+
+
 def test_a_long_list_is_cut_and_says_so(config: Config):
     layout = write_stage(config, "tokens", runs=2 * SHOWN)
     shutil.rmtree(layout.array("tokens", "x").parent / "sub-00_task-rest.zarr")
