@@ -19,7 +19,6 @@ import pandas as pd
 from neuromamba.config import Config
 from neuromamba.files import InputError
 from neuromamba.measured import Measured, Point, read_measured, read_own
-from neuromamba.stages import BATCHED
 
 FORMATS = ("table", "tsv", "json")
 IMMATERIAL = ("min_volumes", "cube")
@@ -56,7 +55,7 @@ def estimate_stages(plan: Plan, measured: Measured) -> pd.DataFrame:
         the clock, and `peak_mb`.
     """
     rows = []
-    for stage in BATCHED:
+    for stage in dict.fromkeys(point.stage for point in measured.points):
         points = [point for point in measured.points if point.stage == stage]
         files = math.ceil(_at(points, "files", plan.volumes) - 1e-9)
         size = round(_at(points, "bytes", plan.volumes))
@@ -116,13 +115,16 @@ def estimate_training(config: Config, plan: Plan, measured: Measured) -> list[di
         steps = model.pretrain
         windows = steps.steps * steps.batch_size * steps.accumulate
         tokens = measured.tokens_per_time_patch * model.volumes / config.tokens.time_patch
+        rate = speed.windows_per_second
+        if math.isnan(rate):
+            rate = speed.tokens_per_second / tokens
         rows.append(
             {
                 "model": speed.model,
                 "device": speed.device,
                 "windows": windows,
                 "passes": windows * model.volumes / (plan.all_runs * plan.volumes),
-                "hours": windows * tokens / speed.tokens_per_second / 3600,
+                "hours": windows / rate / 3600,
             }
         )
     return rows

@@ -44,11 +44,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a training: which model, on what."""
+    """The speed of a training: which model, on what; of a model without tokens, in windows."""
 
     model: str
     device: str
-    tokens_per_second: float
+    tokens_per_second: float = math.nan
+    windows_per_second: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Measured:
 
     where: str
     points: list[Point]
-    tokens_per_time_patch: float
+    tokens_per_time_patch: float = math.nan
     training: list[Speed] = field(default_factory=list)
     settings: dict[str, Any] | None = None
 
@@ -87,18 +88,23 @@ def read_own(folder: Path, logs: Path = Path("logs")) -> Measured:
     Raises
     ------
     InputError
-        When a stage has no manifest with digests there.
+        When a stage has no manifest with digests there. Of a dataset of ROI series (one that has
+        no `volumes`) `rois` is the only one.
     """
     folders = {point.stage: point.folders for point in read_measured().points}  # always the same
-    lengths = _usable(folder, "volumes").set_index("run")["n_volumes"].astype(float)
+    of_images = (folder / "volumes").exists() or not (folder / "rois").exists()
+    stages = BATCHED if of_images else ("rois",)
+    lengths = _usable(folder, stages[0]).set_index("run")["n_volumes"].astype(float)
     points = []
-    for stage in BATCHED:
+    for stage in stages:
         table = _usable(folder, stage)
         sizes = {name: float(table[name].mean()) for name in ("files", "bytes")}
         times = _times(logs / folder / stage, folder / stage)
         volumes = float(lengths.reindex(table["run"]).mean())
         points.append(Point(stage, volumes, folders=folders[stage], **sizes, **times))
-    tokens = float(_usable(folder, "tokens")["n_tokens"].astype(float).mean())
+    tokens = math.nan
+    if of_images:
+        tokens = float(_usable(folder, "tokens")["n_tokens"].astype(float).mean())
     return Measured(f"{folder} itself", points, tokens, _own_speeds(folder))
 
 
@@ -135,10 +141,12 @@ def _times(benchmarks: Path, manifests: Path) -> dict[str, float]:
 
 def _own_speeds(folder: Path) -> list[Speed]:
     """Speeds of the pretrainings in a dataset's results, from their logs."""
-    speeds = []
-    for path in sorted(folder.glob("*/seed-*/pretrain/metrics.jsonl")):
+    speeds: dict[str, Speed] = {}
+    for path in sorted(folder.glob("*/seed-*/pretrain/**/metrics.jsonl")):
         rows = pd.read_json(path, lines=True)
-        if "tokens_per_second" in rows and rows["tokens_per_second"].notna().any():
-            model = path.relative_to(folder).parts[0]
-            speeds.append(Speed(model, str(path), float(rows["tokens_per_second"].median())))
-    return speeds
+        model = path.relative_to(folder).parts[0]
+        for column, what in (("tokens", "tokens"), ("samples", "windows")):
+            found = rows.get(f"{column}_per_second", pd.Series(dtype=float)).median()
+            if model not in speeds and not math.isnan(found):
+                speeds[model] = Speed(model, str(path), **{f"{what}_per_second": float(found)})
+    return list(speeds.values())

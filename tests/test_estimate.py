@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -137,6 +138,22 @@ def test_without_benchmark_files_times_are_unknown(config: Config, own: Path, tm
     assert table["stages"][0]["core_hours"] is None
     assert table["stages"][0]["bytes"] == 5e8
     assert math.isnan(read_own(own).points[0].seconds)
+
+
+def test_of_roi_series_there_is_one_stage_and_training_is_told_in_windows(root: Path, own: Path):
+    for stage in ("volumes", "tokens"):
+        shutil.rmtree(own / stage)
+    training = own / "lmae" / "seed-0" / "pretrain" / "fold-1"
+    training.mkdir(parents=True)
+    row = {"split": "train", "samples_per_second": 20.0}
+    (training / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    config = load_config([root / "config/config.yaml"], ["models=[lmae]"])
+    found = json.loads(run_estimate(config, Plan(100, 1, 200, 10), own, "json"))
+    assert [stage["stage"] for stage in found["stages"]] == ["rois", "all"]
+    assert found["stages"][0]["bytes"] == 5e8
+    (pretraining,) = found["training"]
+    settings = config.models["lmae"].pretrain
+    assert pretraining["hours"] == settings.steps * settings.batch_size / 20.0 / 3600
 
 
 def test_a_folder_without_finished_batches_is_refused(own: Path):
