@@ -14,7 +14,9 @@ Design choices
   predicted.
 - A head starts at zero, or (`head_start: probe`) as the linear probe of the model that is to be
   trained, so that training changes features for a head that can read them (Kumar et al. 2022, arXiv
-  2202.10054, section 3.4). Training begins at step 0 with the predictions of the probe.
+  2202.10054, section 3.4). The probe is fitted to means over windows and training sees windows, so
+  that this serves where a window tells nearly as much as a run does: of windows of 160 s, and not
+  of those of 40 s, of which its loss was above that of a guess.
 - The step to keep, which may be step 0, is chosen by the loss on the validation subjects alone.
 - The last step is the calibration for new scans (see `calibrate`), without which there is no model.
 - A state is told of a part of a run, so samples (`neuromamba.states`) take the place of subjects:
