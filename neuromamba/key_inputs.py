@@ -85,6 +85,8 @@ class Inputs(ABC):
         data: list[Any] = []
         for name in self.config.members(job.dataset):
             data += self._subjects_and_runs(name, job.fold)
+            if job.model and "anat" in model_of(self.config, job).arrays:
+                data.append(self._images_digest(job, name))
             if job.target in self.config.datasets[name].state_targets:
                 data.append(self._events_digest(job, name))
             elif job.stage not in ("tokenizer", "pretrain", "forecast", "identify"):
@@ -126,12 +128,26 @@ class Inputs(ABC):
 
     def _anatomicals(self, job: Job) -> str:
         """Digest of the T1w images of a batch's subjects."""
-        if job.dataset not in self._images:
-            self._images[job.dataset] = find_anatomicals(self.config.datasets[job.dataset])
         batches = self.config.compute.batches
-        found = self._images[job.dataset]
+        found = self._found_images(job.dataset)
         mine = [one for one in found if batch_of(one.subject, batches) == job.batch]
         return digest_json([[one.subject, one.fingerprint] for one in mine])
+
+    def _images_digest(self, job: Job, dataset: str) -> str | None:
+        """Digest of the T1w images of the split's subjects."""
+
+        def digest() -> str:
+            subjects = set(self._subjects(dataset))
+            found = [one for one in self._found_images(dataset) if one.subject in subjects]
+            return digest_json([[one.subject, one.fingerprint] for one in found])
+
+        folder = self.config.datasets[dataset].derivatives
+        return self._digest(job, f"T1w images of {dataset}", folder, digest)
+
+    def _found_images(self, dataset: str) -> list[Anatomical]:
+        if dataset not in self._images:
+            self._images[dataset] = find_anatomicals(self.config.datasets[dataset])
+        return self._images[dataset]
 
     def _atlas(self, job: Job) -> str | None:
         settings = self.config.datasets[job.dataset]

@@ -22,6 +22,7 @@ from neuromamba.excluded import run_excluded
 from neuromamba.files import InputError, read_json
 from neuromamba.finetune import run_finetune
 from neuromamba.identify import run_identify
+from neuromamba.keys import Keys
 from neuromamba.layout import Layout
 from neuromamba.models import Cinp
 from neuromamba.predictor import open_predictor
@@ -222,6 +223,36 @@ def test_its_jobs_come_after_those_of_images_and_regions(made: Path) -> None:
     assert before == {"splits", "rois", "anat"}
     before = {job.stage for job in jobs_before(config, Job("retrieve", "demo", model="m"))}
     assert before == {"splits", "pretrain", "rois", "anat"}
+
+
+def test_another_image_of_somebody_of_the_split_is_another_training(
+    made: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    config = make_config(folder)
+    of_trainings = [
+        Job("pretrain", "demo", model="m"),
+        Job("finetune", "demo", model="m", target="sex"),
+        Job("evaluate", "demo", model="m", target="sex"),
+        Job("retrieve", "demo", model="m"),
+    ]
+    baselines = Job("baselines", "demo", target="sex")
+
+    def keys() -> list[str | None]:
+        return [Keys(config).key(job) for job in (*of_trainings, baselines)]
+
+    first = keys()
+    assert None not in first
+    # Somebody who came after the split.
+    shutil.copytree(folder / "data" / "sub-05" / "anat", folder / "data" / "sub-99" / "anat")
+    assert keys() == first
+    (image,) = (folder / "data" / "sub-05" / "anat").glob("*_desc-preproc_T1w.nii.gz")
+    (other,) = (folder / "data" / "sub-06" / "anat").glob("*_desc-preproc_T1w.nii.gz")
+    shutil.copy(other, image)
+    changed = keys()
+    assert all(new != old for new, old in zip(changed[:-1], first[:-1], strict=True))
+    assert changed[-1] == first[-1]
 
 
 def test_published_weights_are_told_of(made: Path, tmp_path: Path) -> None:
