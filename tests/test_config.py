@@ -223,8 +223,13 @@ def test_every_shipped_model_is_valid(root: Path, base: Path):
 
 
 def test_the_benchmarks_configs_are_valid(root: Path, base: Path):
-    found = {path.stem: load_config([base, path]) for path in (root / "benchmarks").glob("*.yaml")}
-    assert set(found) == {"abide_series", "painted_abide", "painted_abide_folds"}
+    folder = root / "benchmarks"
+    below = {"painted_abide_tablet": [folder / "painted_abide.yaml"]}
+    found = {
+        path.stem: load_config([base, *below.get(path.stem, []), path])
+        for path in folder.glob("*.yaml")
+    }
+    assert set(found) == {"abide_series", "painted_abide", "painted_abide_folds", *below}
     for config in found.values():
         assert "fc" in config.evaluate.baselines
         assert all(dataset.targets for dataset in config.datasets.values())
