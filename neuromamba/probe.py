@@ -110,7 +110,6 @@ def train_probe(
         The penalty that was chosen, and by how many folds of the training subjects.
     """
     started = time.perf_counter()
-    network.eval()
     # Before there is anything to standardise them by.
     others = embed_subjects(network, windows["validation"], settings, world)
     layer, features = fit_probe(network, settings, windows["train"], labels, folds, seed, world)
@@ -152,7 +151,6 @@ def fit_probe(
     InputError
         When an embedding is not finite, or the training subjects are all of one class.
     """
-    network.eval()
     embeddings = embed_subjects(network, train, settings, world)
     truth = [labels[name] for name in train.subjects]
     if isinstance(network.task, ClassHead) and len(set(truth)) < 2:
@@ -176,6 +174,7 @@ def embed_subjects(
     InputError
         When that is not finite.
     """
+    network.eval()
     subjects = windows.subjects
     rows = torch.zeros(len(subjects), len(network.center), dtype=torch.float64)
     mine = range(world.rank, len(subjects), world.size)

@@ -114,13 +114,8 @@ def run_verify(
     """
     layout, arrays = Layout.of(config, dataset), config.datasets[dataset].arrays
     chosen = range(config.compute.batches) if batches is None else batches
-    asked = [
-        (stage, place)
-        for stage in stages or (*arrays, *OPTIONAL)
-        for place in _places(config, dataset, stage)
-        if stages or stage in arrays or any(place.manifest(stage, k).exists() for k in chosen)
-    ]
-    tables = [(stage, place, _contents(place, stage, chosen)) for stage, place in asked]
+    places = _places(config, dataset, stages, chosen)
+    tables = [(stage, place, _contents(place, stage, chosen)) for stage, place in places]
     problems: list[Problem] = []
     lines: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -144,11 +139,19 @@ def run_verify(
     return "\n".join(lines)
 
 
-def _places(config: Config, dataset: str, stage: str) -> list[Layout]:
-    """Where a stage's stores are: in one place, but for codes that are each fold's own."""
-    if stage == "codes" and config.codes.trained:
-        return [Layout.of(config.in_fold(name), dataset) for name in config.splits.names]
-    return [Layout.of(config, dataset)]
+def _places(
+    config: Config, dataset: str, stages: Sequence[str] | None, batches: Sequence[int]
+) -> list[tuple[str, Layout]]:
+    """The stages to check, and where: in one place, but for codes that are each fold's own."""
+    arrays, places = config.datasets[dataset].arrays, []
+    for stage in stages or (*arrays, *OPTIONAL):
+        own = stage == "codes" and config.codes.trained
+        for fold in config.splits.names if own else [""]:
+            place = Layout.of(config.in_fold(fold), dataset)
+            made = any(place.manifest(stage, batch).exists() for batch in batches)
+            if stages or stage in arrays or made:
+                places.append((stage, place))
+    return places
 
 
 def _contents(layout: Layout, stage: str, batches: Iterable[int]) -> pd.DataFrame:

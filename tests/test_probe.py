@@ -355,6 +355,22 @@ def probe(folder, on_change="refuse", **change):
     run_finetune(config, "fake", "tiny", 0, "sex", on_change)
 
 
+def stop_in_step_seven(folder, monkeypatch, **change):
+    """A training whose process ends there, and leaves its checkpoints."""
+    training_batch = Windows.training_batch
+
+    def stopped(self, seed, first, size):
+        if first == 6 * size:
+            raise KeyboardInterrupt
+        return training_batch(self, seed, first, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Windows, "training_batch", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            probe(folder, **change)
+    assert (folder_of(folder) / "checkpoints").is_dir()
+
+
 def test_only_what_a_probe_depends_on_makes_it_another_one(pretrained, capsys):
     probe(pretrained)
     before = (folder_of(pretrained) / "model.safetensors").read_bytes()
@@ -389,19 +405,10 @@ def test_a_probe_that_was_killed_begins_again(pretrained, monkeypatch):
 
 
 def test_a_stopped_training_is_lost_only_on_request(pretrained, monkeypatch):
-    training_batch = Windows.training_batch
-
-    def stopped(self, seed, first, size):
-        if first == 6 * size:
-            raise KeyboardInterrupt
-        return training_batch(self, seed, first, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Windows, "training_batch", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            probe(pretrained, mode="full", batch_size=4, checkpoint_every=4, keep_every=4)
+    stop_in_step_seven(
+        pretrained, monkeypatch, mode="full", batch_size=4, checkpoint_every=4, keep_every=4
+    )
     checkpoints = folder_of(pretrained) / "checkpoints"
-    assert checkpoints.is_dir()
     with pytest.raises(InputError, match=r"finetune\.mode: full -> probe"):
         probe(pretrained)
     assert checkpoints.is_dir()
@@ -449,11 +456,8 @@ def test_what_training_makes_worse_stays_the_probe(pretrained):
     probe(pretrained)
     before = load_file(folder_of(pretrained) / "model.safetensors")
     probe(pretrained, "restart", **TRAINED, learning_rate=1.0)
-    info, after = (
-        load_model_info(folder_of(pretrained)),
-        load_file(folder_of(pretrained) / "model.safetensors"),
-    )
-    assert info["best"]["step"] == 0
+    after = load_file(folder_of(pretrained) / "model.safetensors")
+    assert load_model_info(folder_of(pretrained))["best"]["step"] == 0
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert loss_curve(folder_of(pretrained))["step"].tolist()[0] == 0
@@ -473,18 +477,8 @@ def test_training_goes_on_from_the_probe(pretrained, mode):
 
 
 def test_a_training_from_the_probe_that_was_stopped_ends_the_same(pretrained, monkeypatch):
-    training_batch = Windows.training_batch
     how = {**TRAINED, "steps": 8, "learning_rate": 1e-3, "checkpoint_every": 4}
-
-    def stopped(self, seed, first, size):
-        if first == 6 * size:
-            raise KeyboardInterrupt
-        return training_batch(self, seed, first, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Windows, "training_batch", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            probe(pretrained, **how)
+    stop_in_step_seven(pretrained, monkeypatch, **how)
     probe(pretrained, **how)
     continued = (folder_of(pretrained) / "last.safetensors").read_bytes()
     probe(pretrained, "restart", **{**how, "batch_size": 2, "steps": 2})

@@ -30,6 +30,7 @@ from neuromamba.collect import Evaluation, Training, collect_data, example_run
 from neuromamba.config import Config
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
+from neuromamba.qc_page import environment
 from neuromamba.report import report_path, run_report
 from neuromamba.report_brain import describe_brain, verdicts
 from neuromamba.report_compute import describe_jobs, duration, memory, read_benchmarks
@@ -257,7 +258,7 @@ def test_durations_and_memory_are_short() -> None:
 # --- Folds --------------------------------------------------------------------------------------
 
 
-def training(fold: str, loss: float, seed: int = 0) -> Training:
+def training(fold: str, loss: float, seed: int = 0, model: str = "m") -> Training:
     """A training that ended with that loss."""
     rows = [
         {"step": step, "split": split, "loss": loss, "skill_mean": 0.1, "seconds": 60.0}
@@ -270,7 +271,7 @@ def training(fold: str, loss: float, seed: int = 0) -> Training:
         "parameters": 1000,
         "subjects": {"train": ["a"], "validation": ["b"]},
     }
-    return Training("toy", "m", seed, "pretrain", info, pd.DataFrame(rows), fold)
+    return Training("toy", model, seed, "pretrain", info, pd.DataFrame(rows), fold)
 
 
 def test_folds_of_a_training_are_a_row_and_thin_lines() -> None:
@@ -285,6 +286,16 @@ def test_folds_of_a_training_are_a_row_and_thin_lines() -> None:
     # A line for each fold, and the one in the legend.
     assert [picture.count(b"stroke-width: 0.7") for picture in drawn] == [3, 0]
     assert [picture.count(b"validation") for picture in drawn] == [1, 1]
+
+
+def test_the_table_of_trainings_has_the_skills_of_every_family() -> None:
+    one, other = training("", 0.2, model="m"), training("", 0.4, model="n")
+    other.info["best"] = {"step": 2, "loss": 0.4, "skill_static": 0.5}
+    macros = environment().get_template("report.macros.j2").module
+    text = Page(macros.training_table(describe_trainings([one, other]), "trainings")).text
+    assert "skill over mean skill over static" in text
+    assert "0.200 +0.200 n/a" in text
+    assert "0.400 n/a +0.500" in text
 
 
 def test_predictions_of_folds_are_drawn_as_means_over_folds() -> None:
