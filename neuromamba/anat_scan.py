@@ -7,7 +7,7 @@ session among those that the dataset's `entities` ask for, then the first of any
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,11 @@ def find_anatomicals(dataset: Dataset) -> list[Anatomical]:
         ) from None
 
 
+def fingerprint_images(files: Sequence[str]) -> str:
+    """16 hexadecimal digits that change with the names or the content of some images and masks."""
+    return digest_json([[Path(path).name, *sample_file(path)] for path in files])[:16]
+
+
 def _choose(root: str, folder: str, dataset: Dataset) -> Anatomical:
     subject = subject_name(folder)
     every = list(_images(root, folder))
@@ -128,8 +133,7 @@ def _choose(root: str, folder: str, dataset: Dataset) -> Anatomical:
         )
     elif not first.has_mask:
         reason = f"no brain mask: {first.mask} does not exist; add it, or repeat the preprocessing"
-    files = [*versions, first.mask]
-    fingerprint = digest_json([[Path(path).name, *sample_file(path)] for path in files])[:16]
+    fingerprint = fingerprint_images([*versions, first.mask])
     session = first.entities.get("ses")
     return Anatomical(subject, first.path, first.mask, session, fingerprint, note, reason)
 

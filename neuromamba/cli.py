@@ -215,7 +215,10 @@ def _add_predict(stages: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stage = stages.add_parser("predict", help=text, description=text.capitalize() + ".")
     text = "folder of a fine-tuned model: results/DATASET/MODEL/seed-0/finetune/TARGET"
     stage.add_argument("model", type=Path, metavar="MODEL", help=text)
-    text = "NIfTI file of a run in the model's space, or folder of derivatives"
+    text = (
+        "NIfTI file of a run (or of a T1w image, for a model that reads these) in the model's "
+        "space, or folder of derivatives"
+    )
     stage.add_argument("scans", nargs="+", type=Path, metavar="SCAN", help=text)
     stage.add_argument("--output", type=Path, metavar="FILE", help="write the table as TSV")
     text = "a row for each run, or for each subject by all its runs (default: run)"

@@ -1,7 +1,8 @@
 """Scans to be predicted: files and derivatives folders that are given on the command line.
 
-A folder is indexed as the `index` stage does it. A single file is looked at in the same way: its
-mask, sidecars and confounds are those that BIDS names put beside it.
+A folder is indexed as the `index` stage does it, and its T1w images are found as the `anat` stage
+does it. A single file is looked at in the same way: its mask, sidecars and confounds are those that
+BIDS names put beside it. A model that reads the images of people is given these and no runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from neuromamba.anat_scan import T1W, Anatomical, find_anatomicals, fingerprint_images
 from neuromamba.bids import index_runs
 from neuromamba.bids_scan import (
     BOLD,
@@ -48,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class NewScan:
-    """One run to be predicted, or the reason why there is none.
+    """One run, or T1w image, to be predicted, or the reason why there is none.
 
     Attributes
     ----------
@@ -57,11 +59,13 @@ class NewScan:
     root
         Folder within which a subject's name means one person.
     subject, run
-        `None` where not even these can be told.
+        `None` where not even these can be told. An image is named like a run, `sub-01_ses-1`.
     source
-        Its files; `None` where there is a `reason`.
+        The files of a run; `None` where there is a `reason`.
+    image
+        The files of an image, where the model reads these; `None` where there is a `reason`.
     n_volumes
-        By its header.
+        Of a run, by its header.
     """
 
     given: str
@@ -71,9 +75,19 @@ class NewScan:
     source: Source | None = None
     n_volumes: int = 0
     reason: str | None = None
+    image: Anatomical | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """The NIfTI file that is read."""
+        if self.image is not None:
+            return Path(str(self.image.t1w))
+        return None if self.source is None else self.source.bold
 
 
-def find_scans(paths: Sequence[Path], space: str, asked: Asked) -> list[NewScan]:
+def find_scans(
+    paths: Sequence[Path], space: str, asked: Asked, images: bool = False
+) -> list[NewScan]:
     """All runs that some files and folders hold, each once, in the order they are given.
 
     Parameters
@@ -82,6 +96,8 @@ def find_scans(paths: Sequence[Path], space: str, asked: Asked) -> list[NewScan]
         NIfTI files and derivatives folders.
     space
         Standard space that the model was trained in.
+    images
+        Look for T1w images in place of runs; of a folder, one of each subject.
 
     Raises
     ------
@@ -90,14 +106,13 @@ def find_scans(paths: Sequence[Path], space: str, asked: Asked) -> list[NewScan]
     """
     if asked.mask is not None and (len(paths) != 1 or paths[0].is_dir()):
         raise InputError("--mask is the mask of one scan: give that scan's file alone")
+    in_folder, of_file = (_images_in, _image_of) if images else (_in_folder, _of_file)
     found: dict[object, NewScan] = {}
     for path in paths:
-        scans = _in_folder(path, space, asked) if path.is_dir() else [_of_file(path, space, asked)]
+        scans = in_folder(path, space, asked) if path.is_dir() else [of_file(path, space, asked)]
         for scan in scans:
-            where = (
-                scan.source.bold.absolute() if scan.source else (scan.given, scan.subject, scan.run)
-            )
-            found.setdefault(where, scan)
+            own = (scan.given, scan.subject, scan.run)
+            found.setdefault(own if scan.file is None else scan.file.absolute(), scan)
     return list(found.values())
 
 
@@ -106,9 +121,7 @@ def find_scans(paths: Sequence[Path], space: str, asked: Asked) -> list[NewScan]
 
 def _in_folder(folder: Path, space: str, asked: Asked) -> Iterator[NewScan]:
     """The runs of a derivatives folder, or of the folder of one subject in it."""
-    root, one = folder.absolute(), None
-    if root.name.startswith("sub-"):
-        root, one = root.parent, root.name
+    root, one = _root_and_subject(folder)
     where = (str(folder), str(root.resolve()))
     dataset = Dataset(
         derivatives=str(root),
@@ -130,6 +143,29 @@ def _in_folder(folder: Path, space: str, asked: Asked) -> Iterator[NewScan]:
     names = {subject_name(path.name) for path in paths if path.is_dir()}
     for name in sorted(names - set(table["subject"])):
         yield NewScan(*where, name, reason=f"{folder}: {name} has no run in space {space}")
+
+
+def _root_and_subject(folder: Path) -> tuple[Path, str | None]:
+    """The derivatives folder, and which subject's alone is asked for."""
+    root = folder.absolute()
+    return (root.parent, root.name) if root.name.startswith("sub-") else (root, None)
+
+
+def _images_in(folder: Path, space: str, asked: Asked) -> Iterator[NewScan]:
+    """The T1w image of each subject of a derivatives folder, or of the one whose folder it is."""
+    root, one = _root_and_subject(folder)
+    where = (str(folder), str(root.resolve()))
+    dataset = Dataset(derivatives=str(root), space=space, resolution=asked.resolution)
+    every = [found for found in find_anatomicals(dataset) if one in (None, found.subject)]
+    if not every:
+        yield NewScan(*where, one, reason=f"{folder}: holds no folder sub-* of a subject")
+    for image in every:
+        if image.reason is None:
+            session = {} if image.session is None else {"ses": image.session}
+            run = run_name({"sub": image.subject.removeprefix("sub-"), **session})
+            yield NewScan(*where, image.subject, run, image=image)
+        else:
+            yield NewScan(*where, image.subject, reason=image.reason)
 
 
 def _of_row(row: dict[str, Any], space: str, where: tuple[str, str]) -> NewScan:
@@ -156,22 +192,14 @@ def _of_row(row: dict[str, Any], space: str, where: tuple[str, str]) -> NewScan:
 def _of_file(path: Path, space: str, asked: Asked) -> NewScan:
     root = _root(path)
     where = (str(path), str(root.resolve()))
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    entities = entities_of(stem)
-    entities = entities if "sub" in entities else {"sub": subject_name(stem)[4:]}
+    entities = _entities(path)
     subject, run = subject_name(entities["sub"]), run_name(entities)
     try:
-        if stem == path.name:
-            raise InputError(f"{path} is neither a NIfTI file (.nii, .nii.gz) nor a folder")
-        if not path.exists():
-            raise InputError(f"{path} does not exist")
+        _refuse_unreadable(path)
         _refuse_other_space(path, entities.get("space"), space, asked)
         found = _found_run(path, entities, asked.mask)
         header = glimpse_series(path)
-        if not found.has_mask:
-            raise InputError(
-                f"no brain mask: {found.mask} does not exist; add it, or give --mask FILE"
-            )
+        _refuse_without_mask(Path(found.mask))
         source = Source(
             run=run,
             subject=subject,
@@ -185,6 +213,41 @@ def _of_file(path: Path, space: str, asked: Asked) -> NewScan:
     except InputError as error:
         return NewScan(*where, subject, run, reason=_one_line(error))
     return NewScan(*where, subject, run, source, header.shape[3])
+
+
+def _image_of(path: Path, space: str, asked: Asked) -> NewScan:
+    where = (str(path), str(_root(path).resolve()))
+    entities = _entities(path)
+    subject, run = subject_name(entities["sub"]), run_name(entities)
+    try:
+        _refuse_unreadable(path)
+        _refuse_other_space(path, entities.get("space"), space, asked)
+        mask = asked.mask or path.with_name(path.name.removesuffix(T1W) + MASK)
+        _refuse_without_mask(mask)
+    except InputError as error:
+        return NewScan(*where, subject, run, reason=_one_line(error))
+    t1w, brain = str(path), str(mask)
+    image = Anatomical(subject, t1w, brain, entities.get("ses"), fingerprint_images([t1w, brain]))
+    return NewScan(*where, subject, run, image=image)
+
+
+def _entities(path: Path) -> dict[str, str]:
+    """Of a file's name; of one that names no subject, that all of it is the subject's name."""
+    stem = path.name.removesuffix(".gz").removesuffix(".nii")
+    entities = entities_of(stem)
+    return entities if "sub" in entities else {"sub": subject_name(stem)[4:]}
+
+
+def _refuse_unreadable(path: Path) -> None:
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path} is neither a NIfTI file (.nii, .nii.gz) nor a folder")
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+
+
+def _refuse_without_mask(mask: Path) -> None:
+    if not mask.exists():
+        raise InputError(f"no brain mask: {mask} does not exist; add it, or give --mask FILE")
 
 
 def _root(path: Path) -> Path:

@@ -78,6 +78,24 @@ class NetworkWindows:
         return fc, present
 
 
+class NoNetworks:
+    """Reader of `fc` where there are only images: nobody `has_fc`."""
+
+    def __init__(self, n_rois: int) -> None:
+        self._n_rois = n_rois
+
+    def positions(self, run: str) -> int:
+        return 1
+
+    def read(self, run: str, start: int) -> Sample:
+        n = self._n_rois
+        present = np.zeros(n, dtype=bool)
+        return {"fc": np.zeros((n, n), np.float32), "present": present, "has_fc": np.array(False)}
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        return stack_samples(samples)
+
+
 class ImageWindows:
     """Reader of `anat`: the T1w image of a run's subject.
 

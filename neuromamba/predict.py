@@ -4,6 +4,8 @@ Design choices
 --------------
 - A scan goes through the code of the `volumes` and `tokens` stages with the settings that the model
   was trained under, in a temporary folder, one run after the other: memory and disk hold one run.
+- A model of T1w images and connectivity is given images alone: its fine-tuning reads the image of
+  whoever has one, so nothing else would be looked at.
 - A scan that does not fit is refused with a reason in its row, and the others go on.
 - The predicted class is the one that the evaluation would name: the most probable before
   calibration, where classes count the same. Calibrated probabilities follow how common classes
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from neuromamba.anat_scan import Anatomical
 from neuromamba.calibration_file import Level
 from neuromamba.files import InputError
 from neuromamba.fitness import (
@@ -32,7 +35,7 @@ from neuromamba.observe import Observed, observe_run
 from neuromamba.predicted import Outcome, summarize, tabulate
 from neuromamba.predicted_maps import add_maps, refuse_unmapped
 from neuromamba.predictor import Predictor, open_predictor, with_atlas, with_tokenizer
-from neuromamba.scan_windows import scan_windows
+from neuromamba.scan_windows import image_windows, scan_windows
 from neuromamba.tables import write_table
 from neuromamba.volumes import Source
 
@@ -62,7 +65,8 @@ def run_predict(
     model
         Folder of a finished fine-tuning.
     scans
-        NIfTI files, and folders of derivatives.
+        NIfTI files (of runs, or of T1w images where the model reads these), and folders of
+        derivatives.
     level
         A row for each `run`, or for each `subject` by the mean over the windows of all its runs.
     confidence
@@ -89,7 +93,8 @@ def run_predict(
     if not 0 < confidence < 1:
         raise InputError(f"--confidence {confidence:g}: must be above 0 and below 1, such as 0.9")
     predictor = with_tokenizer(with_atlas(open_predictor(model, device), atlas), tokenizer)
-    found = find_scans(scans, predictor.space, asked or Asked())
+    images = bool(predictor.model.pairs)
+    found = find_scans(scans, predictor.space, asked or Asked(), images)
     if explain is not None:
         refuse_unmapped(predictor, found, level, explain)
     bar = tqdm(found, desc=f"predict {predictor.target}", unit="run", mininterval=1.0)
@@ -111,9 +116,11 @@ def run_predict(
 
 def predict_scan(predictor: Predictor, scan: NewScan, any_repetition_time: bool) -> Outcome:
     """See one run as the model sees it, or the reason why that cannot be."""
-    if scan.source is None:
-        return Outcome(scan, reason=scan.reason)
     try:
+        if scan.image is not None:
+            return Outcome(scan, see_image(predictor, scan.image), judge_subject(predictor, scan))
+        if scan.source is None:
+            return Outcome(scan, reason=scan.reason)
         seconds = scan.source.repetition_time
         refuse_short(predictor, scan.n_volumes, seconds, str(scan.source.bold))
         warnings = judge_repetition_time(predictor, scan, any_repetition_time)
@@ -139,6 +146,24 @@ def see(predictor: Predictor, source: Source) -> tuple[Observed, int]:
         of_run = windows.spaced(predictor.finetune.evaluation_windows)
         size = predictor.finetune.batch_size
         observed = observe_run(predictor.network, windows, of_run, size, predictor.grid)
-    if not torch.isfinite(observed.values).all():
-        raise InputError(f"{source.bold}: the model gives no finite prediction of it")
+    _refuse_unless_finite(observed, str(source.bold))
     return observed, n_volumes
+
+
+def see_image(predictor: Predictor, image: Anatomical) -> Observed:
+    """See one T1w image.
+
+    Raises
+    ------
+    InputError
+        When the image cannot be used, or what the model gives of it is not finite.
+    """
+    with image_windows(predictor, image) as windows:
+        observed = observe_run(predictor.network, windows, windows.spaced(1), batch_size=1)
+    _refuse_unless_finite(observed, str(image.t1w))
+    return observed
+
+
+def _refuse_unless_finite(observed: Observed, path: str) -> None:
+    if not torch.isfinite(observed.values).all():
+        raise InputError(f"{path}: the model gives no finite prediction of it")

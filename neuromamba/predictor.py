@@ -122,12 +122,6 @@ def open_predictor(folder: Path, device: str = "auto") -> Predictor:
             "run, and of a whole scan it says nothing; see the predictions of the test subjects in "
             "evaluate/"
         )
-    if model.pairs:
-        raise InputError(
-            f"{folder} is of family {model.family}, which reads a subject's T1w image, and scans "
-            "are given as BOLD runs; add the subjects to a dataset, and see the predictions of "
-            "its test subjects in evaluate/"
-        )
     classes = [name for name, _ in settings["target"].get("classes", [])]
     found = load_calibration(folder, info)
     calibration, arrays = (None, {}) if found is None else found
@@ -163,9 +157,11 @@ def with_atlas(predictor: Predictor, atlas: str | None) -> Predictor:
         When there is none, one too many, or another than it was trained with.
     """
     regions = predictor.regions
-    if regions is None:
+    if regions is None or predictor.model.pairs:  # of new people, the image alone is read
         if atlas is not None:
-            raise InputError(f"--atlas {atlas}: the model reads no regions; leave it out")
+            raise InputError(
+                f"--atlas {atlas}: of new scans the model reads no regions; leave it out"
+            )
         return predictor
     what = f"the {regions['n_rois']} regions of {regions['atlas']}"
     if atlas is None:

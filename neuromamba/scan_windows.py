@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from neuromamba.anat import make_anat
+from neuromamba.anat_scan import Anatomical
 from neuromamba.batches import Windows, make_readers
 from neuromamba.codes import make_codes
 from neuromamba.config import Codes, Rois
 from neuromamba.files import InputError
 from neuromamba.fitness import as_read, refuse_short
 from neuromamba.layout import Layout
+from neuromamba.paired_windows import ImageWindows, NoNetworks
 from neuromamba.predictor import Predictor
 from neuromamba.rois import make_rois
 from neuromamba.runtime import FULL
@@ -32,19 +35,47 @@ def scan_windows(predictor: Predictor, source: Source) -> Iterator[tuple[Windows
     InputError
         When the run cannot be used.
     """
-    tokens = predictor.tokens
-    with tempfile.TemporaryDirectory(prefix="neuromamba-predict-") as folder:
-        layout = Layout(Path(folder), "scan")
-        try:
+    with _temporary_layout() as layout:
+        with _told_when_full(layout):
             n_volumes = _prepare(predictor, source, layout)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise InputError(
-                f"{folder}: the disk is full; free some space, or set TMPDIR to another folder"
-            ) from error
-        readers = make_readers(predictor.network, layout, predictor.model, tokens)
+        readers = make_readers(predictor.network, layout, predictor.model, predictor.tokens)
         yield Windows({source.subject: [source.run]}, readers), n_volumes
+
+
+@contextmanager
+def image_windows(predictor: Predictor, image: Anatomical) -> Iterator[Windows]:
+    """The same of one T1w image, of somebody of whom there is no connectivity.
+
+    Raises
+    ------
+    InputError
+        When the image cannot be used.
+    """
+    subject = image.subject
+    with _temporary_layout() as layout:
+        with _told_when_full(layout):
+            store = layout.array("anat", subject)
+            make_anat(image, store, predictor.space, predictor.volumes)
+        networks = NoNetworks(predictor.network.n_rois)
+        yield Windows({subject: [subject]}, [networks, ImageWindows(lambda _: store)])
+
+
+@contextmanager
+def _temporary_layout() -> Iterator[Layout]:
+    with tempfile.TemporaryDirectory(prefix="neuromamba-predict-") as folder:
+        yield Layout(Path(folder), "scan")
+
+
+@contextmanager
+def _told_when_full(layout: Layout) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(
+            f"{layout.results}: the disk is full; free some space, or set TMPDIR to another folder"
+        ) from error
 
 
 def _prepare(predictor: Predictor, source: Source, layout: Layout) -> int:

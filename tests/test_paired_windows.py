@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from neuromamba.identify import run_identify
 from neuromamba.keys import Keys
 from neuromamba.layout import Layout
 from neuromamba.models import Cinp
-from neuromamba.predictor import open_predictor
+from neuromamba.new_scans import Asked
+from neuromamba.predict import run_predict
 from neuromamba.pretrain import list_training, make_network, make_record, run_pretrain
 from neuromamba.retrieve import run_retrieve
 from neuromamba.rois import run_rois
@@ -169,10 +171,80 @@ def test_pretraining_probing_and_tuning_predict_every_test_subject(made: Path) -
         ours = predicted[predicted["predictor"] == model]
         assert sorted(ours["subject"]) == sorted(read_split(layout.split)["test"])
         assert ours["prob_male"].between(0, 1).all()
-    with pytest.raises(InputError, match="is of family cinp, which reads a subject's T1w image"):
-        open_predictor(layout.finetune("m", 0, "sex"))
     with pytest.raises(InputError, match="take a model that reads windows"):
         run_identify(config, "demo", "m", 0)
+
+
+def test_people_with_an_image_alone_are_predicted(made: Path, tmp_path: Path, capsys) -> None:
+    config = make_config(made)
+    layout = Layout.of(config, "demo")
+    run_pretrain(config, "demo", "m", 0)
+    run_baselines(config, "demo", "sex")
+    run_finetune(config, "demo", "m", 0, "sex")
+    run_evaluate(config, "demo", "m", 0, "sex")
+    rows = read_table(layout.evaluate("m", 0, "sex") / "predictions.tsv")
+    expected = (
+        rows[rows["predictor"] == "m"]
+        .set_index("subject")["prob_male"]
+        .drop(WITHOUT, errors="ignore")
+    )
+    # Copies of the test subjects that have no functional data.
+    new = tmp_path / "new"
+    for subject in expected.index:
+        shutil.copytree(made / "data" / subject / "anat", new / subject / "anat")
+    (new / "sub-lost" / "func").mkdir(parents=True)
+    model = layout.finetune("m", 0, "sex")
+    assert not run_predict(model, [new], tmp_path / "all.tsv", device="cpu")
+    table = read_table(tmp_path / "all.tsv").set_index("subject")
+    assert set(table.index) == {*expected.index, "sub-lost"}
+    assert "there is no T1w image" in table.loc["sub-lost", "reason"]
+    found = table.loc[expected.index]
+    assert np.allclose(found["uncalibrated_male"], expected, atol=1e-6)
+    assert found["uncalibrated_male"].nunique() == len(found)
+    assert (found["windows"] == 1).all()
+    assert (found["run"] == found.index).all()
+    assert f"{len(expected)} predicted, 1 refused" in capsys.readouterr().out
+    # A single file, and the folder of one person, give the same as the folder of all.
+    one = str(expected.index[0])
+    (image,) = (new / one / "anat").glob("*_desc-preproc_T1w.nii.gz")
+    for given in (image, new / one):
+        assert run_predict(model, [given], tmp_path / "one.tsv", device="cpu")
+        (row,) = read_table(tmp_path / "one.tsv").to_dict("records")
+        assert row["uncalibrated_male"] == found.loc[one, "uncalibrated_male"]
+
+
+def test_what_is_no_image_in_the_models_space_is_refused(made: Path, tmp_path: Path) -> None:
+    config = make_config(made)
+    layout = Layout.of(config, "demo")
+    run_pretrain(config, "demo", "m", 0)
+    run_finetune(config, "demo", "m", 0, "sex")
+    model, (subject, other) = layout.finetune("m", 0, "sex"), ("sub-01", "sub-02")
+    data = made / "data"
+
+    def refusal(given: Path, **asked: Any) -> str:
+        output = tmp_path / "table.tsv"
+        assert not run_predict(model, [given], output, Asked(**asked), device="cpu")
+        (row,) = read_table(output).to_dict("records")
+        return str(row["reason"])
+
+    (image,) = (data / subject / "anat").glob("*_desc-preproc_T1w.nii.gz")
+    (mask,) = (data / subject / "anat").glob("*_desc-brain_mask.nii.gz")
+    (bold,) = (data / other / "func").glob("*_desc-preproc_bold.nii.gz")
+    assert "is a series of 40 volumes; a T1w image is 3D" in refusal(bold, mask=mask)
+    lonely = tmp_path / image.name
+    shutil.copy(image, lonely)
+    assert "no brain mask" in refusal(lonely)
+    assert run_predict(model, [lonely], None, Asked(mask=mask), device="cpu")
+    native = tmp_path / "sub-01_desc-preproc_T1w.nii.gz"
+    shutil.copy(image, native)
+    assert "its name has no space-" in refusal(native)
+    lonely.write_bytes(image.read_bytes()[:-500])
+    assert "truncated" in refusal(lonely, mask=mask)
+    assert "holds no folder sub-*" in refusal(tmp_path)
+    with pytest.raises(InputError, match="of new scans the model reads no regions"):
+        run_predict(model, [image], atlas="AAL", device="cpu")
+    with pytest.raises(InputError, match="a map in space takes a model that reads one of"):
+        run_predict(model, [image], explain=tmp_path / "maps", device="cpu")
 
 
 def test_images_and_networks_are_retrieved_and_prompted(made: Path) -> None:
