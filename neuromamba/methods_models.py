@@ -103,11 +103,16 @@ def _tablet(name: str, model: dict[str, Any], size: str) -> str:
         "raw": "as they are",
         "changes": "each minus its mean over the window",
     }[model["target"]]
+    read = {
+        "codes": "",
+        "split": ", of which it reads the mean over the window and the changes apart",
+    }
     return (
         f"{name} follows TABLeT [@kim2026tablet] ({size}width {model['width']}, {model['depth']} "
         f"blocks): a Transformer [@vaswani2017attention] with grouped-query attention "
-        f"[@ainslie2023gqa]{placed} over the tokens of {model['volumes']} volumes, which learnt to "
-        f"tell hidden ones, {model['mask_share']:.0%} of {hidden} {target}."
+        f"[@ainslie2023gqa]{placed} over the tokens of {model['volumes']} "
+        f"volumes{read[model['input']]}. It learnt to tell hidden ones, "
+        f"{model['mask_share']:.0%} of {hidden} {target}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from small_tablet import (
@@ -17,17 +18,19 @@ from small_tablet import (
     tablet,
     turn,
 )
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from neuromamba.config import Tablet
 from neuromamba.models import build_model, skills
-from neuromamba.models.code_masks import draw_hidden, hidden_count, targets_of
+from neuromamba.models.code_masks import draw_hidden, hidden_count, split_changes, targets_of
 from neuromamba.models.grouped_attention import rotation
 
 KINDS = ("tube", "random", "time")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 every_mask = pytest.mark.parametrize("mask", KINDS)
+every_input = pytest.mark.parametrize("read", ["codes", "split"])
 
 
 def rows(batch, which):
@@ -203,9 +206,10 @@ def test_the_loss_is_of_hidden_tokens_alone(mask: str, target: str) -> None:
         assert scalars[name].item() == pytest.approx(value, abs=1e-5)
 
 
+@every_input
 @every_mask
-def test_what_is_hidden_is_not_seen(mask: str) -> None:
-    model, batch = tablet(mask=mask, target="raw").eval(), make_batch()
+def test_what_is_hidden_is_not_seen(mask: str, read: str) -> None:
+    model, batch = tablet(mask=mask, target="raw", input=read).eval(), make_batch()
     places = draw_hidden(mask, 3, VOLUMES, TOKENS, 0.5, training=False)
     # A model without a linear layer's answer: the loss then tells what it was asked for alone.
     seen = []
@@ -255,9 +259,10 @@ def test_targets_are_in_the_units_that_their_names_say() -> None:
     assert not changes[:, :, 0].any()
 
 
+@every_input
 @every_mask
-def test_batch_mates_have_no_influence(mask: str) -> None:
-    model, batch = tablet(mask=mask).eval(), make_batch()
+def test_batch_mates_have_no_influence(mask: str, read: str) -> None:
+    model, batch = tablet(mask=mask, input=read).eval(), make_batch()
     embeddings, losses = model.embed(batch), model.loss(batch)
     each = [model.loss(rows(batch, [k])) for k in range(3)]
     for k in range(3):
@@ -268,8 +273,9 @@ def test_batch_mates_have_no_influence(mask: str) -> None:
         torch.testing.assert_close(losses[name], mean, rtol=1e-4, atol=1e-5)
 
 
-def test_pretraining_reaches_all_and_an_embedding_leaves_the_head() -> None:
-    model, batch = tablet(), make_batch()
+@every_input
+def test_pretraining_reaches_all_and_an_embedding_leaves_the_head(read: str) -> None:
+    model, batch = tablet(input=read), make_batch()
     model.loss(batch)["loss"].backward()
     assert all(one.grad is not None for one in model.parameters())
     model.zero_grad()
@@ -278,9 +284,10 @@ def test_pretraining_reaches_all_and_an_embedding_leaves_the_head() -> None:
     assert left == {name for name, _ in model.named_parameters() if name.startswith("head.")}
 
 
+@every_input
 @every_mask
-def test_flops_are_those_that_torch_counts(mask: str) -> None:
-    model, batch = tablet(mask=mask).eval(), make_batch()
+def test_flops_are_those_that_torch_counts(mask: str, read: str) -> None:
+    model, batch = tablet(mask=mask, input=read).eval(), make_batch()
     # The fused kernels of attention on a CPU are not counted.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss(batch)
@@ -288,8 +295,36 @@ def test_flops_are_those_that_torch_counts(mask: str) -> None:
     assert model.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_half_precision_changes_little() -> None:
-    model, batch = tablet().eval(), make_batch()
+def test_what_stays_and_what_changes_are_told_apart_by_what_is_seen() -> None:
+    """Against loops over tokens in float64."""
+    codes = make_batch()["codes"].double()
+    codes[:, :, 0] = 0.25  # outside of the brain nothing changes
+    seen = (torch.rand(codes.shape[:3], generator=torch.Generator().manual_seed(2)) < 0.6).double()
+    seen[0, :, 1] = 0
+    mean, changes = split_changes(codes, seen)
+    for sample, token in np.ndindex(3, TOKENS):
+        shown = codes[sample, seen[sample, :, token].bool(), token]
+        expected = shown.mean(0) if len(shown) else torch.zeros(WIDTH, dtype=torch.float64)
+        torch.testing.assert_close(mean[sample, 0, token], expected)
+        if token and len(shown) > 1:
+            wanted = (shown - expected) / (shown - expected).square().mean().sqrt()
+            found = changes[sample, seen[sample, :, token].bool(), token]
+            torch.testing.assert_close(found, wanted)
+    assert not changes[:, :, 0].any()
+    assert not changes[seen == 0].any()
+
+
+def test_what_changes_is_read_in_units_of_itself() -> None:
+    """A code whose changes are a thousandth of it is read like one whose changes are large."""
+    model, codes = tablet(input="split").eval(), make_batch()["codes"].double()
+    mean = codes.mean(1, keepdim=True)
+    embeddings = [model.embed({"codes": (mean + of * (codes - mean)).float()}) for of in (1, 1e-3)]
+    torch.testing.assert_close(*embeddings, rtol=0, atol=2e-3)
+
+
+@every_input
+def test_half_precision_changes_little(read: str) -> None:
+    model, batch = tablet(input=read).eval(), make_batch()
     loss, embedding = model.loss(batch)["loss"], model.embed(batch)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model.loss(batch)
@@ -318,6 +353,30 @@ def test_it_learns_to_tell_what_is_hidden(position: str, visible: float, static:
     assert scalars["skill_visible"] > visible
     # Above 0 it tells more than the pattern, which never changes: the course, which is visible.
     assert scalars["skill_static"] > static
+
+
+def test_change_that_is_little_beside_what_stays_is_learnt_where_the_two_are_split() -> None:
+    """The same with new courses in each step, and changes as small beside the pattern as real."""
+    random = torch.Generator().manual_seed(0)
+    pattern = torch.randn(1, 1, TOKENS, WIDTH, generator=random)
+
+    def draw(samples: int) -> dict[str, Tensor]:
+        course = torch.randn(samples, VOLUMES, 1, 1, generator=random)
+        return {"codes": pattern + 0.1 * course * pattern.roll(1, -1)}
+
+    skill = {}
+    for read in ("codes", "split"):
+        how = {"input": read, "target": "changes", "objective": "mse", "position": "grid"}
+        model = tablet(**how, width=48, heads=4, depth=1).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for step in range(100):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model.loss(draw(8))["loss"].backward()
+            optimizer.step()
+        skill[read] = float(model.eval().loss(draw(32))["skill_static"])
+    assert skill["split"] > 0.5
+    assert skill["codes"] < 0.5 * skill["split"]
 
 
 @needs_gpu

@@ -245,12 +245,13 @@ class Tablet(Family):
     """A Transformer over the codes of volumes, pretrained by masked token modelling.
 
     `heads` share `groups` sets of keys and values; `hidden` is the inner width of a block's
-    perceptron. A token is told by where it stands in the sequence (`position: rope`), or by its
-    place in the volume and its volume (`grid`). `readout`
-    is what an embedding is: the final state of CLS, or the mean of those of the tokens. In
-    pretraining `mask_share` of the tokens are hidden: the same at all times (`tube`), all at some
-    times (`time`), or any (`random`). `target` is what is asked for of them: the codes of a token
-    in units of itself (`normed`), as they are (`raw`), or their changes in time (`changes`).
+    perceptron. `input` is what is read of a token: its code, or what stays of it in the window and
+    what changes, each by a layer of its own (`split`). A token is told by where it stands in the
+    sequence (`position: rope`), or by its place in the volume and its volume (`grid`). `readout` is
+    what an embedding is: the final state of CLS, or the mean of those of the tokens. In pretraining
+    `mask_share` of the tokens are hidden: the same at all times (`tube`), all at some times
+    (`time`), or any (`random`). `target` is what is asked for of them: the codes of a token in
+    units of itself (`normed`), as they are (`raw`), or their changes in time (`changes`).
     """
 
     needs: ClassVar[tuple[str, ...]] = ("codes",)
@@ -265,6 +266,7 @@ class Tablet(Family):
     heads: PositiveInt = 14
     groups: PositiveInt = 2
     hidden: PositiveInt = 4864
+    input: Literal["codes", "split"] = "codes"
     position: Literal["rope", "grid", "none"] = "rope"
     readout: Literal["cls", "mean"] = "cls"
     mask: Literal["tube", "random", "time"] = "tube"

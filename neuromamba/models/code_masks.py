@@ -71,10 +71,29 @@ def targets_of(codes_BTNW: Tensor, target: Target) -> Tensor:
         return torch.nn.functional.layer_norm(codes_BTNW, codes_BTNW.shape[-1:])
     if target == "raw":
         return codes_BTNW
-    changes_BTNW = codes_BTNW - codes_BTNW.mean(1, keepdim=True)
-    sd_B1N1 = changes_BTNW.square().mean((1, 3), keepdim=True).sqrt()
+    return split_changes(codes_BTNW, torch.ones_like(codes_BTNW[..., 0]))[1]
+
+
+def split_changes(codes_BTNW: Tensor, seen_BTN: Tensor) -> tuple[Tensor, Tensor]:
+    """What of each token stays in a window, and what changes.
+
+    Parameters
+    ----------
+    seen_BTN
+        1 where a token is looked at, else 0.
+
+    Returns
+    -------
+    tuple of Tensor
+        Means over the volumes, (B, 1, N, W). Changes about them, divided by their SD over all
+        values and volumes of the token: of the codes' shape, 0 where a token is not looked at.
+    """
+    count_B1N1 = seen_BTN.sum(1, keepdim=True)[..., None].clamp(min=1)
+    mean_B1NW = torch.einsum("btnw,btn->bnw", codes_BTNW, seen_BTN)[:, None] / count_B1N1
+    changes_BTNW = (codes_BTNW - mean_B1NW) * seen_BTN[..., None]
+    variance_B1N1 = changes_BTNW.square().mean(3).sum(1, keepdim=True)[..., None] / count_B1N1
     # A token that does not change, outside of the brain, is 0 and not noise blown up.
-    return changes_BTNW / sd_B1N1.clamp(min=1e-6)
+    return mean_B1NW, changes_BTNW / variance_B1N1.sqrt().clamp(min=1e-6)
 
 
 @torch.no_grad()
