@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,12 @@ def test_every_stage_explains_itself(stage: str, capsys: pytest.CaptureFixture[s
         main([stage, "--help"])
     assert caught.value.code == 0
     assert "usage: neuromamba " + stage in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "neuromamba", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("usage: neuromamba ")
 
 
 @pytest.fixture
