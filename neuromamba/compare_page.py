@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
@@ -15,6 +14,7 @@ import neuromamba
 from neuromamba.baseline_notes import BASELINES
 from neuromamba.boards import Board, Settings, named, place, versus_fc
 from neuromamba.compared_runs import Entry, reference_labels, seen_by, who_disagree
+from neuromamba.templates import environment
 from neuromamba.verdicts import (
     METRICS,
     P_VERSUS,
@@ -58,14 +58,7 @@ class Line:
 
 def render(page: dict[str, Any]) -> str:
     """The HTML of what `describe` gives."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("neuromamba", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("compare.html.j2").render(page)
+    return environment().get_template("compare.html.j2").render(page)
 
 
 def describe(

@@ -25,13 +25,13 @@ from neuromamba import qc_figures
 from neuromamba.config import Config
 from neuromamba.files import InputError, write_text
 from neuromamba.layout import Layout
-from neuromamba.qc_page import environment
 from neuromamba.qc_plots import strip_picture
 from neuromamba.qc_rules import broken_rules, read_quality, rules_of
 from neuromamba.qc_table import COUNTS, METRICS, SERIES_METRICS, Metric, deviations, find_outliers
 from neuromamba.qc_template import template_on
 from neuromamba.series_quality import measure_series
 from neuromamba.tables import read_table, write_table
+from neuromamba.templates import environment
 
 LARGEST_GROUP = 200
 """Runs that the group's maps are made of: more would change nothing that the eye can see."""

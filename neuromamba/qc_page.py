@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +26,7 @@ from neuromamba.qc_plots import carpet_picture
 from neuromamba.qc_rules import broken_rules, rules_of
 from neuromamba.qc_table import METRICS
 from neuromamba.qc_template import Template
+from neuromamba.templates import environment
 
 HEAD_BYTES = 16384
 """What a page has measured stands within its first bytes."""
@@ -89,17 +89,6 @@ def _said(inputs: Inputs, page: Path, facts: dict[str, Any], settings: Qc) -> di
         "broken": broken_rules(facts, settings),
         "report": inputs.report and _link(inputs.report, page.parent),
     }
-
-
-def environment() -> jinja2.Environment:
-    """Where the templates of quality come from."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("neuromamba", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
 
 
 def render_page(

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from neuromamba.collect import Data, Evaluation, Training, collect_data, collect_trainings
@@ -45,6 +44,7 @@ from neuromamba.report_training import (
     group_folds,
     skills_of,
 )
+from neuromamba.templates import environment
 from neuromamba.verdicts import METRICS, result_rows, verdict
 
 
@@ -70,20 +70,13 @@ def run_report(config: Config) -> None:
 
     Before it `metrics.tsv` and `metrics.json`, `methods.md` and `references.bib` beside it.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("neuromamba", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     found = [_collect(config, name) for name in config.datasets]
     described = describe(config, found)
     page, folder = report_path(config), report_path(config).parent
     evaluations = [one for of in found for group in of.evaluations.values() for one in group]
     write_report_metrics(folder, config, evaluations)
     write_methods(folder, described["methods"])
-    write_text(page, environment.get_template("report.html.j2").render(described))
+    write_text(page, environment().get_template("report.html.j2").render(described))
 
 
 def report_path(config: Config) -> Path:

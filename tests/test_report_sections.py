@@ -30,7 +30,6 @@ from neuromamba.collect import Evaluation, Training, collect_data, example_run
 from neuromamba.config import Config
 from neuromamba.files import InputError, read_json, write_json
 from neuromamba.layout import Layout
-from neuromamba.qc_page import environment
 from neuromamba.report import report_path, run_report
 from neuromamba.report_brain import describe_brain, verdicts
 from neuromamba.report_compute import describe_jobs, duration, memory, read_benchmarks
@@ -42,6 +41,7 @@ from neuromamba.report_training import describe_trainings, draw_curves
 from neuromamba.report_viewer import PatchMap, brain_box, build_viewer, patch_sums
 from neuromamba.statistics import correct
 from neuromamba.tables import read_table, write_table
+from neuromamba.templates import environment
 from neuromamba.verdicts import p_value, result_rows
 
 RUNS = ("sub-000_task-rest", "sub-001_task-rest")
