@@ -25,9 +25,9 @@ as the release has, of which the blocks have 126.8; pretraining's linear layer h
   mean knows nearly everything. The log therefore has `skill_static` beside it, over a guess that
   knows each hidden token's own mean in the window; above 0, change in time is told.
 - **What is read.** `input: codes` (the default) is as published. Only about 6 % of the variance of
-  a code is change in time, and a small model that gets both in one does not find it. `input: split`
-  is ours: the mean of a token's visible volumes, and its changes about that in units of their SD,
-  with a linear layer each, are added up.
+  a code is change in time, and a small model that gets both in one finds little of it. `input:
+  split` is ours: the mean of a token's visible volumes, and its changes about that in units of
+  their SD, with a linear layer each, are added up.
 - Ours: `Linear` and the mask's vector come before the second LayerNorm; a last LayerNorm after the
   blocks, without which the size of a pre-norm state grows with the depth. Initial values are
   torch's, and there is no dropout, as in the release.
