@@ -108,7 +108,7 @@ def test_codes_are_those_of_diffusers_slice_by_slice(
 def test_empty_slices_are_encoded_once_and_change_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit where batches have one shape; within float32's rounding where they differ."""
+    """Within float32's rounding: on some processors a slice's place in a batch decides the kernel."""
     encoder = open_encoder(config, "toy")
     seen: list[int] = []
     real = SliceEncoder.encode
@@ -133,7 +133,7 @@ def test_empty_slices_are_encoded_once_and_change_nothing(
     np.testing.assert_array_equal(alone[0], encoder.empty)
     images = np.full((7, EDGE, EDGE), -1, dtype=np.float32)
     batch = encoder.encode(images)
-    np.testing.assert_array_equal(batch, batch[[0] * 7])
+    np.testing.assert_allclose(batch, np.stack([encoder.empty] * 7), rtol=1e-5, atol=1e-5)
 
 
 def test_batches_of_any_size_give_the_same(config: Config) -> None:
