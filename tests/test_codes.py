@@ -108,7 +108,7 @@ def test_codes_are_those_of_diffusers_slice_by_slice(
 def test_empty_slices_are_encoded_once_and_change_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within float32's rounding: on some processors a slice's place in a batch decides the kernel."""
+    """Within rounding: on some processors a slice's place in a batch decides its kernel."""
     encoder = open_encoder(config, "toy")
     seen: list[int] = []
     real = SliceEncoder.encode
