@@ -40,6 +40,14 @@ PAPERS = {
         'K. He and others, "Masked autoencoders are scalable vision learners", 2022, arXiv '
         "2111.06377",
     ],
+    "cinp": [
+        "X. Hu, W. Wang and L. Xiao, Learning 3D medical image models from brain functional "
+        "connectivity network supervision for mental disorder diagnosis, MICCAI 2025, arXiv "
+        "2503.04205",
+        'X. Kan and others, "Brain network transformer", NeurIPS 2022, arXiv 2210.06681',
+        'Y. Tang and others, "Self-supervised pre-training of Swin Transformers for 3D medical '
+        'image analysis", CVPR 2022, arXiv 2111.14791',
+    ],
     "tablet": [
         "P. Y. Kim and others, Can natural image autoencoders compactly tokenize fMRI volumes for "
         "long-range dynamics modeling?, CVPR 2026, arXiv 2604.03619",

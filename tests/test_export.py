@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -10,8 +11,8 @@ from fake_models import make_models, use_fake_stores
 from fake_runs import make_config, write_dataset
 
 from neuromamba.cli import main
-from neuromamba.config import save_config
-from neuromamba.export import run_export
+from neuromamba.config import Model, save_config
+from neuromamba.export import PAPERS, run_export
 from neuromamba.files import InputError, read_json
 from neuromamba.layout import Layout
 from neuromamba.pretrain import run_pretrain
@@ -32,6 +33,12 @@ def _fake_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- What the folder tells ----------------------------------------------------------------------
+
+
+def test_every_family_names_its_papers() -> None:
+    models, _ = get_args(Model)
+    families = [get_args(one.model_fields["family"].annotation) for one in get_args(models)]
+    assert {name for (name,) in families} == set(PAPERS)
 
 
 def test_no_subject_or_run_is_named(made: Path) -> None:

@@ -18,8 +18,10 @@ from neuromamba.bids import run_index
 from neuromamba.checkpoint import load_model_info, load_weights
 from neuromamba.config import Config
 from neuromamba.demo import write_demo
+from neuromamba.embed import open_embedder, open_shared, run_embed
 from neuromamba.evaluate import run_evaluate
 from neuromamba.excluded import run_excluded
+from neuromamba.export import run_export
 from neuromamba.files import InputError, read_json
 from neuromamba.finetune import run_finetune
 from neuromamba.identify import run_identify
@@ -211,6 +213,24 @@ def test_people_with_an_image_alone_are_predicted(made: Path, tmp_path: Path, ca
         assert run_predict(model, [given], tmp_path / "one.tsv", device="cpu")
         (row,) = read_table(tmp_path / "one.tsv").to_dict("records")
         assert row["uncalibrated_male"] == found.loc[one, "uncalibrated_male"]
+
+
+def test_it_is_shared_with_what_tells_its_regions(made: Path, tmp_path: Path) -> None:
+    config = make_config(made)
+    run_pretrain(config, "demo", "m", 0)
+    run_export(config, "demo", "m", 0, tmp_path / "shared")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    regions = load_model_info(Layout.of(config, "demo").pretrain("m", 0))["settings"]["regions"]
+    assert f"the regions of `{regions['atlas']}`." in card
+    assert "2503.04205" in card
+    assert "T1w image" in card
+    for name, embedder in (
+        ("own", open_embedder(config, "demo", "m", 0)),
+        ("shared", open_shared(config, tmp_path / "shared")),
+    ):
+        run_embed(config, "demo", embedder, "run", tmp_path / f"{name}.tsv")
+    own, shared = (read_table(tmp_path / f"{name}.tsv") for name in ("own", "shared"))
+    assert own.equals(shared)
 
 
 def test_what_is_no_image_in_the_models_space_is_refused(made: Path, tmp_path: Path) -> None:
