@@ -47,8 +47,9 @@ METRICS = {
         "ECE",
         "expected calibration error: how far the probabilities are from how often they come true, "
         "over ten bins of equal width; smaller is better, and 0 says nothing of how well the "
-        "classes are told apart. Models and baselines learn as if all classes were equally "
-        "common, so their probabilities are off where they are not",
+        "classes are told apart. Resamples make it larger, for which its interval is moved back. "
+        "Models and baselines learn as if all classes were equally common, so their probabilities "
+        "are off where they are not",
     ),
     "mae": Metric("MAE", "mean absolute error in the target's unit; smaller is better"),
     "pearson_r": Metric("Pearson r", "correlation of predicted with true values"),

@@ -133,7 +133,7 @@ def test_empty_slices_are_encoded_once_and_change_nothing(
     np.testing.assert_array_equal(alone[0], encoder.empty)
     images = np.full((7, EDGE, EDGE), -1, dtype=np.float32)
     batch = encoder.encode(images)
-    np.testing.assert_allclose(batch, np.stack([encoder.empty] * 7), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(batch, np.stack([encoder.empty] * 7), rtol=1e-6, atol=1e-6)
 
 
 def test_batches_of_any_size_give_the_same(config: Config) -> None:
