@@ -18,6 +18,7 @@ from neuromamba.command_options import (
 )
 from neuromamba.config import Config, load_config
 from neuromamba.files import InputError
+from neuromamba.keys import Keys
 from neuromamba.recording import recorded
 from neuromamba.stages import Job
 
@@ -176,8 +177,9 @@ def _splits(options: argparse.Namespace) -> None:
 
     config = read_config(options)
     dataset = choose_dataset(options, config)
+    kept = Keys(config).kept_repeats(dataset)
     with recorded(config, Job("splits", dataset)):
-        run_splits(config, dataset)
+        run_splits(config, dataset, kept)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -73,7 +73,7 @@ class Inputs(ABC):
             case "rois":
                 return [self._rows(job.dataset, job.batch), self._atlas(job)]
             case "splits":
-                return self._frozen(job.dataset)
+                return [self._frozen(job.dataset), len(self.config.splits.names)]
             case "excluded":
                 return self._rows(job.dataset)
             case "overview":

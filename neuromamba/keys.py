@@ -6,8 +6,9 @@ A result is current when its record has the key that the job would have now. Rec
 the results (copied, or by DVC), so neither dates nor a history are needed to tell.
 
 Two things are deliberately not in a key. A split, once written, stays until its settings change
-or it is removed, so that subjects added later are processed but change no training. And nothing of
-`compute` counts, on which no result depends but by rounding.
+or it is removed, so that subjects added later are processed but change no training; more repeats of
+its folds are added to those that there are. And nothing of `compute` counts, on which no result
+depends but by rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from neuromamba.layout import Layout
 from neuromamba.raw_listing import got_less
 from neuromamba.records import Record, explain, read_record, write_record
 from neuromamba.source_code import code_of
-from neuromamba.stage_settings import settings_of
+from neuromamba.stage_settings import settings_of, settings_of_recipe
 from neuromamba.stages import (
     BY_BATCH,
     Job,
@@ -87,7 +88,7 @@ class Keys(Inputs):
         """Digest of settings and code of a job and of all before it (without `code`: plan)."""
         any_batch = replace(job, batch=0) if job.stage in BY_BATCH else replace(job, subject="")
         if (any_batch, code) not in self._recipes:
-            own = [job.stage, settings_of(self.config, job)]
+            own = [job.stage, settings_of_recipe(self.config, job)]
             if code:
                 own.append(code_of(*modules_of(self.config, job)))
             # A split stays when what lies before it changes; its data tell whether it still serves.
@@ -111,10 +112,38 @@ class Keys(Inputs):
             # A split that is made again may be another one; how it turns out is not known before.
             # Nor is which runs are good enough, while their quality has not been measured.
             before = [] if job.stage in LISTING else jobs_before(self.config, job)
-            again = any(self.is_stale(one) for one in before if one.stage in DECIDING)
+            again = any(self._may_decide(one, job) for one in before if one.stage in DECIDING)
             again = again or self._got_less(job)
             self._stale[job] = again or key is None or key != self.key(job)
         return self._stale[job]
+
+    def _may_decide(self, deciding: Job, job: Job) -> bool:
+        """Whether a job has to run whose outcome may be another one for a job after it."""
+        if not self.is_stale(deciding):
+            return False
+        if deciding.stage == "splits" and job.fold:
+            number = self.config.splits.names.index(job.fold)
+            return number >= self.kept_repeats(job.dataset) * self.config.splits.folds
+        return True
+
+    def kept_repeats(self, dataset: str) -> int:
+        """How many repeats of a dataset's folds stay as they are when it is split again.
+
+        All of those asked for that there are, where nothing but their number has changed.
+        """
+        splits = Job("splits", dataset)
+        record = read_record(self.config, splits)
+        if record.get("recipe") != self.recipe(splits):
+            return 0
+        made: int = record["settings"]["splits"].get("repeats", 0)
+        kept = min(made, self.config.splits.repeats)
+        names = self.config.splits.names[: kept * self.config.splits.folds]
+        files = [Layout.of(self.config.in_fold(name), dataset).split for name in names]
+        try:
+            whole = all(file.exists() for file in files) and self._frozen(dataset)
+        except InputError:  # the stage itself tells what is wrong
+            return 0
+        return kept if whole else 0
 
     def _got_less(self, job: Job) -> bool:
         return job.stage == "preprocess" and got_less(self.config, job.dataset, job.subject)

@@ -49,7 +49,8 @@ class _OnDisk(Keys):
 
     def _data(self, job: Job) -> Any:
         # What a split is made of is checked later, against the subjects that it then has.
-        return True if job.stage == "splits" else super()._data(job)
+        names = self.config.splits.names
+        return [True, len(names)] if job.stage == "splits" else super()._data(job)
 
     def _list_runs(self, dataset: str) -> pd.DataFrame:
         index = Layout.of(self.config, dataset).index

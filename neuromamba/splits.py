@@ -106,7 +106,11 @@ def split_subjects(
 
 
 def fold_subjects(
-    subjects: list[str], participants: pd.DataFrame, dataset: Dataset, splits: Splits
+    subjects: list[str],
+    participants: pd.DataFrame,
+    dataset: Dataset,
+    splits: Splits,
+    first: int = 0,
 ) -> dict[str, pd.DataFrame]:
     """The folds of a cross-validation: of each, by its name, what `split_subjects` returns.
 
@@ -114,6 +118,8 @@ def fold_subjects(
     ----------
     subjects, participants, dataset, splits
         As in `split_subjects`.
+    first
+        The repeat to begin with; its folds are the same whatever comes before and after it.
 
     Raises
     ------
@@ -122,7 +128,7 @@ def fold_subjects(
     """
     folds = splits.folds
     found = []
-    for repeat in range(splits.repeats):
+    for repeat in range(first, splits.repeats):
         rng = np.random.default_rng([splits.seed, _FOLDS, repeat])
         ordered = _in_strata(subjects, participants, dataset, rng)
         if len(ordered) < max(folds, MIN_SUBJECTS):
@@ -141,7 +147,7 @@ def fold_subjects(
                 "on in one of them; change splits.folds or splits.protocol"
             )
         found += [_parts(subjects, ordered, test, splits, rng) for test in tests]
-    return dict(zip(splits.names, found, strict=True))
+    return dict(zip(splits.names[first * folds :], found, strict=True))
 
 
 def _in_strata(
@@ -233,10 +239,18 @@ def usable_subjects(
     return sorted(set(index.loc[index["run"].isin(usable), "subject"]))
 
 
-def run_splits(config: Config, dataset: str) -> None:
+def run_splits(config: Config, dataset: str, kept: int = 0) -> None:
     """Write `splits/holdout.tsv`; or that of each fold, and last `splits/folds.tsv`.
 
     `folds.tsv` tells for each subject in which fold of each repeat it is tested.
+
+    Parameters
+    ----------
+    config, dataset
+        The settings, and the dataset's name in them.
+    kept
+        How many repeats on disk stay as they are (`Keys.kept_repeats`); those that are added to
+        them are of the same subjects.
 
     Raises
     ------
@@ -249,14 +263,18 @@ def run_splits(config: Config, dataset: str) -> None:
     arrays = tested_arrays(settings)
     bad = left_out(config, dataset)
     subjects = usable_subjects(index, layout, config.compute.batches, bad, arrays)
-    how = (subjects, read_participants(settings), settings, config.splits)
-    if config.splits.protocol == "holdout":
-        write_table(layout.split, split_subjects(*how))
+    people, splits = read_participants(settings), config.splits
+    if splits.protocol == "holdout":
+        write_table(layout.split, split_subjects(subjects, people, settings, splits))
         return
-    folds = fold_subjects(*how)
-    for name, table in folds.items():
-        write_table(Layout.of(config.in_fold(name), dataset).split, table)
-    write_table(layout.folds, folds_of(folds, config.splits))
+    files = {name: Layout.of(config.in_fold(name), dataset).split for name in splits.names}
+    old = {name: read_table(files[name], dtype=str) for name in splits.names[: kept * splits.folds]}
+    if old:
+        subjects = list(old[splits.names[0]]["subject"])
+    new = fold_subjects(subjects, people, settings, splits, first=kept)
+    for name, table in new.items():
+        write_table(files[name], table)
+    write_table(layout.folds, folds_of(old | new, splits))
 
 
 def folds_of(folds: Mapping[str, pd.DataFrame], splits: Splits) -> pd.DataFrame:

@@ -80,6 +80,17 @@ def settings_of(config: Config, job: Job) -> dict[str, Any]:
     return {}
 
 
+def settings_of_recipe(config: Config, job: Job) -> dict[str, Any]:
+    """Those of `settings_of` that the jobs after it depend on too.
+
+    Each repeat of the folds is the same, however many there are.
+    """
+    settings = settings_of(config, job)
+    if job.stage == "splits":
+        settings["splits"].pop("repeats", None)
+    return settings
+
+
 def _settings_of_codes(config: Config) -> dict[str, Any]:
     """What codes depend on beside a tokenizer that was trained here, or weights in a folder."""
     unused = {"batch_slices", "slices"}

@@ -189,6 +189,44 @@ def test_a_fold_that_changes_makes_its_own_trainings_stale(folds: Config):
     }
 
 
+def test_more_repeats_make_the_folds_stale_that_are_added(
+    folds: Config, settings: dict[str, Any], scans: pd.DataFrame
+):
+    more = config_of(settings | {"splits": FOLDS}, "splits.repeats=2")
+    found = Keys(more)
+    assert found.is_stale(Job("splits", "d"))
+    assert found.why(Job("splits", "d")) == "splits.repeats was 1, is 2"
+    added = {"fold-3", "fold-4", "fold-5"}
+    assert {job.fold for job in all_jobs(more) if job.fold and found.is_stale(job)} == added
+    of_all = {job.stage for job in all_jobs(more) if not job.fold and found.is_stale(job)}
+    assert of_all == {"splits", "evaluate", "scores", "report"}
+    assert found.kept_repeats("d") == 1
+    for job in all_jobs(more):
+        if found.is_stale(job):
+            make(more, job)
+    assert stale(more) == set()
+    # One less again: what is made of all folds is made anew, and no fold.
+    jobs = {job for job in all_jobs(folds) if Keys(folds).is_stale(job)}
+    assert {job.fold for job in jobs} == {""}
+    assert Keys(folds).kept_repeats("d") == 1
+
+
+@pytest.mark.parametrize("what", ["other folds", "a fold that is gone", "a subject that is gone"])
+def test_no_fold_is_kept_that_another_split_would_change(
+    folds: Config, settings: dict[str, Any], scans: pd.DataFrame, what: str
+):
+    change = FOLDS | {"repeats": 2}
+    if what == "other folds":
+        change["validation"] = 0.3
+    elif what == "a fold that is gone":
+        Layout.of(folds.in_fold("fold-1"), "d").split.unlink()
+    else:
+        scans.loc[3, ["run", "subject"]] = ["sub-77_task-rest", "sub-77"]
+    found = Keys(config_of(settings | {"splits": change}))
+    assert found.kept_repeats("d") == 0
+    assert found.is_stale(Job("pretrain", "d", model="m", seed=0, fold="fold-0"))
+
+
 def test_a_model_with_a_base_starts_from_that_ones_pretraining(
     scans: pd.DataFrame, settings: dict[str, Any]
 ):

@@ -235,6 +235,37 @@ def test_more_repeats_leave_the_first_folds_as_they_are() -> None:
         pd.testing.assert_frame_equal(fold, two[name])
 
 
+def test_repeats_are_added_to_those_that_there_are(tmp_path: Path) -> None:
+    config = make_config(tmp_path, splits={"protocol": "k-fold", "folds": 3})
+    layout = manifests(tmp_path, config, {})
+    run_splits(config, "toy")
+    folder = layout.folds.parent
+    first = {path.name: path.read_bytes() for path in folder.glob("fold-*.tsv")}
+    one = read_table(layout.folds)
+    participants = Path(config.datasets["toy"].participants.file)
+    table = read_table(participants)
+    write_table(participants, table.assign(sex=table["sex"].sample(frac=1, random_state=0).values))
+    came = {"run": ["sub-new_run-1"], "subject": ["sub-new"]}
+    files = [layout.manifest(stage, 0) for stage in ("volumes", "tokens", "rois")]
+    for file in (layout.index, *files):
+        rows = read_table(file)
+        added = pd.DataFrame(came)[list(rows.columns.intersection(list(came)))]
+        write_table(file, pd.concat([rows, added]))
+    splits = config.splits.model_copy(update={"repeats": 2})
+    more = config.model_copy(update={"splits": splits})
+    run_splits(more, "toy", kept=1)
+    assert {name: (folder / name).read_bytes() for name in first} == first
+    both = read_table(layout.folds)
+    pd.testing.assert_frame_equal(both[list(one)], one)
+    assert set(both["repeat-1"]) == {"fold-3", "fold-4", "fold-5"}
+    for name in ("fold-0", "fold-3"):
+        parts = read_split(folder / f"{name}.tsv")
+        assert {subject for part in parts.values() for subject in part} == set(one["subject"])
+    run_splits(more, "toy")  # as other labels and somebody who came later would have it
+    assert "sub-new" in set(read_table(layout.folds)["subject"])
+    assert (folder / "fold-0.tsv").read_bytes() != first["fold-0.tsv"]
+
+
 def test_whole_sites_are_left_out() -> None:
     found = folds(people(), protocol="leave-site-out", folds=3)
     sites = [set(fold.loc[fold["part"] == "test", "site"]) for fold in found.values()]
