@@ -144,7 +144,7 @@ print("equal")
 
 @pytest.mark.skipif(
     find_spec("mamba_ssm") is None or find_spec("triton") is None,
-    reason="mamba-ssm or triton is not installed (README says how)",
+    reason="mamba-ssm or triton is not installed (docs/neuromamba.md says how)",
 )
 def test_mamba_ssm_under_the_triton_interpreter_equals_the_chunked_scan() -> None:
     """The reference's kernels, run on the CPU: a process of its own, as Triton asks for."""

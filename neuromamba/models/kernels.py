@@ -55,8 +55,8 @@ def run_ssd(
         if kernels == "auto":
             return ssd_chunked(x, dt, A, B, C, D, chunk, seq_idx)
         raise InputError(
-            f"compute.kernels is mamba-ssm, and it cannot be imported ({scan}); README says how to "
-            "install it, or use auto or torch"
+            f"compute.kernels is mamba-ssm, and it cannot be imported ({scan}); docs/neuromamba.md "
+            "says how to install it; or use auto or torch"
         ) from scan
     return ssd_by_mamba_ssm(scan, x, dt, A, B, C, D, chunk, seq_idx)
 
