@@ -1,6 +1,9 @@
 """Linear fits of a few numbers of each subject, their penalty chosen by cross-validation.
 
 They are what a linear probe (`probe`) puts into the head of a model; see there for the choices.
+
+The weights of a linear model with an L2 penalty are a combination of training rows. So it is fitted
+on coordinates within their span, which are as many as subjects, where features are more.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ def fit_classes(
         (subject,) names; those of the same name are in one inner fold.
     """
     present, y = np.unique(labels, return_inverse=True)
+    x, basis = _within_span(x)
     # Weights that were given to the search would also weight the AUROC that chooses.
     model, chosen, score = LogisticRegression(class_weight="balanced", max_iter=5000), 1.0, None
     inner = class_folds(y, people, folds, seed)
@@ -88,10 +92,10 @@ def fit_classes(
             (slope,), (offset,) = sigmoid
     else:
         model.fit(x, y)
-    lines, bias = model.coef_ * slope, model.intercept_ * slope + offset
+    lines, bias = model.coef_ @ basis * slope, model.intercept_ * slope + offset
     if len(present) == 2:
         lines, bias = np.vstack([-lines, lines]) / 2, np.concatenate([-bias, bias]) / 2
-    weights, biases = np.zeros((outputs, x.shape[1])), np.full(outputs, NEVER)
+    weights, biases = np.zeros((outputs, basis.shape[1])), np.full(outputs, NEVER)
     weights[present], biases[present] = lines, bias
     return Linear(weights, biases, float(chosen), folds, score)
 
@@ -101,13 +105,22 @@ def fit_number(x: Floats, z: Floats, folds: int, seed: int) -> Linear:
 
     Parameters are those of `fit_classes`, with the target `z` (subject,) in place of classes.
     """
+    x, basis = _within_span(x)
     folds = min(folds, len(z))
     if folds < 2:
         model = Ridge(alpha=1.0).fit(x, z)
-        return Linear(model.coef_[None], np.array([model.intercept_]), 1.0, 0, None)
+        return Linear(model.coef_[None] @ basis, np.array([model.intercept_]), 1.0, 0, None)
     inner = KFold(folds, shuffle=True, random_state=seed)
     grid = {"alpha": 1 / PENALTIES}
     search = GridSearchCV(Ridge(), grid, scoring="neg_mean_squared_error", cv=inner).fit(x, z)
     model, chosen = search.best_estimator_, 1 / search.best_params_["alpha"]
     bias = np.array([model.intercept_])
-    return Linear(model.coef_[None], bias, float(chosen), folds, -float(search.best_score_))
+    return Linear(model.coef_[None] @ basis, bias, float(chosen), folds, -float(search.best_score_))
+
+
+def _within_span(x: Floats) -> tuple[Floats, Floats]:
+    """Rows in an orthonormal basis of their span, and that basis (coordinate, feature)."""
+    if x.shape[1] <= len(x):
+        return x, np.eye(x.shape[1])
+    directions, coordinates = np.linalg.qr(x.T)
+    return coordinates.T, directions.T

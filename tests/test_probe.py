@@ -152,6 +152,21 @@ def test_numbers_are_recovered_by_ridge_regression(seed):
     np.testing.assert_allclose(predicted, ridge.predict(x[150:]))
 
 
+def test_more_features_than_people_give_the_model_of_all_features():
+    rng = np.random.default_rng(0)
+    x, y = people(0, 40, width=500)
+    z = rng.normal(size=40)
+    layer = fit_number(x, z, 5, 0)
+    ridge = Ridge(alpha=1 / layer.penalty).fit(x, z)
+    np.testing.assert_allclose(layer.weights[0], ridge.coef_, atol=1e-10)
+    np.testing.assert_allclose(layer.bias[0], ridge.intercept_)
+    y[0] = 2  # of which there is one, so that nothing is chosen and no sigmoid fitted
+    layer = fit_classes(x, y, 3, 5, 0)
+    known = LogisticRegression(class_weight="balanced", max_iter=5000, tol=1e-8).fit(x, y)
+    assert layer.folds == 0
+    np.testing.assert_allclose(layer.weights, known.coef_, atol=1e-3 * np.abs(known.coef_).max())
+
+
 class Given(torch.nn.Module):
     """A family whose embedding is its input."""
 
