@@ -57,6 +57,7 @@ class Keys(Inputs):
         self._recipes: dict[tuple[Job, bool], str] = {}
         self._keys: dict[tuple[Job, bool], str | None] = {}
         self._stale: dict[Job, bool] = {}
+        self._kept: dict[str, int] = {}
         self._below_stale: dict[Job, bool] = {}
 
     def record(self, job: Job) -> Record:
@@ -131,6 +132,11 @@ class Keys(Inputs):
 
         All of those asked for that there are, where nothing but their number has changed.
         """
+        if dataset not in self._kept:
+            self._kept[dataset] = self._count_kept(dataset)
+        return self._kept[dataset]
+
+    def _count_kept(self, dataset: str) -> int:
         splits = Job("splits", dataset)
         record = read_record(self.config, splits)
         if record.get("recipe") != self.recipe(splits):
