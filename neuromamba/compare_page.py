@@ -93,6 +93,7 @@ def describe_board(board: Board, settings: Settings) -> dict[str, Any]:
         "title": f"{datasets}: {first.target}",
         "n": int(test["subject"].nunique()),
         "folds": int(test["fold"].nunique()),
+        "repeats": int(test.groupby("subject")["fold"].nunique().max()),
         "differs": board.differs,
         "lines": lines,
         "columns": list(board.evaluations[0].metrics["metric"].unique()),

@@ -179,9 +179,14 @@ def test_folds_of_a_cross_validation_are_heeded(tmp_path: Path) -> None:
     errors = (own["y_pred"] - own["y_true"]).abs().groupby(own["fold"]).mean()
     assert table.loc["tiny, seed 0", "mae"] == pytest.approx(errors.mean())
     html = (tmp_path / "out" / "leaderboard.html").read_text()
-    assert "means over 5 folds" in html
+    assert "means over 5 folds of a cross-validation." in html
     found = read_table(tmp_path / "out" / "comparisons.tsv")
     assert found["p_resampled"].notna().any()
+    again = predictions.assign(fold="again-" + predictions["fold"])
+    write_table(folder / "predictions.tsv", pd.concat([predictions, again]))
+    board(tmp_path / "results", output=tmp_path / "out")
+    html = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert "means over 10 folds of a cross-validation in 2 repeats." in html
 
 
 # --- What stands in one table -------------------------------------------------------------------
