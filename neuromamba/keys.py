@@ -130,7 +130,8 @@ class Keys(Inputs):
     def kept_repeats(self, dataset: str) -> int:
         """How many repeats of a dataset's folds stay as they are when it is split again.
 
-        All of those asked for that there are, where nothing but their number has changed.
+        All of those asked for that there are, where their number has changed and nothing else;
+        none where it has not, for then somebody wants another split.
         """
         if dataset not in self._kept:
             self._kept[dataset] = self._count_kept(dataset)
@@ -142,6 +143,8 @@ class Keys(Inputs):
         if record.get("recipe") != self.recipe(splits):
             return 0
         made: int = record["settings"]["splits"].get("repeats", 0)
+        if made == self.config.splits.repeats:
+            return 0
         kept = min(made, self.config.splits.repeats)
         names = self.config.splits.names[: kept * self.config.splits.folds]
         files = [Layout.of(self.config.in_fold(name), dataset).split for name in names]

@@ -189,9 +189,7 @@ def test_a_fold_that_changes_makes_its_own_trainings_stale(folds: Config):
     }
 
 
-def test_more_repeats_make_the_folds_stale_that_are_added(
-    folds: Config, settings: dict[str, Any], scans: pd.DataFrame
-):
+def test_more_repeats_make_the_folds_stale_that_are_added(folds: Config, settings: dict[str, Any]):
     more = config_of(settings | {"splits": FOLDS}, "splits.repeats=2")
     found = Keys(more)
     assert found.is_stale(Job("splits", "d"))

@@ -11,7 +11,7 @@ from fake_series import DATASET, add_series, make_series, write_dataset
 from workflows import announced_jobs, printed, run_snakemake
 
 from neuromamba.files import read_json
-from neuromamba.tables import read_table
+from neuromamba.tables import read_table, write_table
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
@@ -76,6 +76,30 @@ def test_a_table_that_is_added_is_read_and_the_baselines_stay(folder: Path, root
     add_series(folder / "data" / "toy", "sub-99_task-rest_seg-Toy", make_series(99))
     planned = planned_jobs(folder, root, "excluded", "baselines")
     assert planned == {"index_dataset": 1, "rois_batch": 1, "list_excluded": 1}
+
+
+def test_repeats_that_are_added_leave_the_folds_that_there_are(root: Path, tmp_path: Path):
+    shutil.copytree(root / "config", tmp_path / "config")
+    write_dataset(tmp_path / "data" / "toy")
+    splits = tmp_path / "results" / "toy" / "splits"
+    table = tmp_path / "data" / "toy" / "participants.tsv"
+
+    def split(repeats: int, *arguments: str) -> dict[str, str]:
+        how = {"protocol": "k-fold", "folds": 2, "validation": 0.2, "repeats": repeats}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN | {"splits": how}))
+        snakemake(tmp_path, root, "splits", *arguments)
+        return {path.name: path.read_text() for path in sorted(splits.glob("fold-*.tsv"))}
+
+    first = split(1)
+    people = read_table(table)
+    people.loc[:5, "sex"] = "F"
+    people.loc[6:, "sex"] = "M"
+    write_table(table, people)
+    both = split(2)
+    assert {name: both[name] for name in first} == first
+    assert sorted(both) == ["fold-0.tsv", "fold-1.tsv", "fold-2.tsv", "fold-3.tsv"]
+    # Who asks for it gets the split that these labels give.
+    assert split(2, "--forcerun", "split_dataset") != both
 
 
 def test_ablations_are_made_on_request_and_stand_in_one_table(folder: Path, root: Path):

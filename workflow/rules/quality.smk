@@ -70,14 +70,19 @@ rule split_dataset:
     """Assign subjects to training, validation and test."""
     input:
         needs("splits"),
+    # Repeats are added to the folds that there are, which are not removed before.
     output:
-        expand(
-            f"{ROOT}/splits/{{fold}}.tsv",
-            fold=filter(None, CONFIG.splits.names),
-            allow_missing=True,
+        update(
+            expand(
+                f"{ROOT}/splits/{{fold}}.tsv",
+                fold=filter(None, CONFIG.splits.names),
+                allow_missing=True,
+            )
         ),
         report(
-            f"{ROOT}/splits/{'folds' if CONFIG.splits.names[0] else 'holdout'}.tsv",
+            update(
+                f"{ROOT}/splits/{'folds' if CONFIG.splits.names[0] else 'holdout'}.tsv"
+            ),
             caption="../report/splits.rst",
             category="Data",
             subcategory="{dataset}",
